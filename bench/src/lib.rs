@@ -1,0 +1,1 @@
+//! Benchmarks against named peers; never a dependency of what ships.

@@ -1,0 +1,1 @@
+//! Readiness, timers, mailboxes and bounded adaptive polling for device threads.

@@ -1,0 +1,1 @@
+//! Hosts any virtio device as a vhost-user daemon.

@@ -1,0 +1,1 @@
+//! The vhost-user protocol: typed messages, back-end and front-end endpoints.

@@ -1,0 +1,1 @@
+//! Virtqueues, guest memory, device traits and the engine that runs virtio devices.

@@ -1,0 +1,1 @@
+//! The virtio entropy device (type 4).

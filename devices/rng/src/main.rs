@@ -1,0 +1,2 @@
+//! The entropy device as a vhost-user daemon.
+fn main() {}

@@ -1,1 +1,27 @@
-//! Virtqueues, guest memory, device traits and the engine that runs virtio devices.
+//! Virtio devices: guest memory, virtqueues, the traits a device implements and the engine that runs it.
+//!
+//! A device implements [`VirtioDevice`] and one [`Worker`] per lane; the [`Engine`] owns everything that virtio
+//! demands of *every* device: negotiation, the status machine, the life of queues, reset, faults. A host (the daemon
+//! host `vhost-device`, or a transport inside a VMM) translates registers or messages into calls of the engine and
+//! decides which threads carry the lanes.
+//!
+//! | module | what for |
+//! |---|---|
+//! | [`memory`] | [`GuestRam`]: an immutable snapshot of guest memory, volatile segments |
+//! | [`queue`] | [`Queue`]: split and packed virtqueues, chains, readers and writers |
+//! | [`device`] | [`VirtioDevice`], [`Worker`]: what a device writes |
+//! | [`lane`] | [`LaneRunner`]: kicks, publishing, arming, budgets, faults of a set of queues |
+//! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
+//! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
+
+pub mod config;
+pub mod features;
+pub mod memory;
+pub mod queue;
+pub mod status;
+
+pub use config::{ConfigError, ConfigSpace};
+pub use features::{DeviceType, Features};
+pub use memory::{Access, GuestAddress, GuestRam, MemFault, Segment};
+pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};
+pub use status::Status;

@@ -1,0 +1,249 @@
+//! The reactor: an epoll, the watches in it, and the events it has collected.
+//!
+//! Two things make readiness interfaces treacherous, and both are excluded here by construction:
+//!
+//! * **Events that outlive their watch.** A wait collects a batch; handling the first event may end the watch of the
+//!   second. Each registration therefore carries a key that is never used again (slot and generation), and an event
+//!   is looked up by it only when it is handed out.
+//! * **Descriptors that are closed or reused while they are registered.** epoll(7) keys a registration by number *and*
+//!   open file: after a close it may live on unreachable, or a deletion may hit a stranger. The reactor registers a
+//!   duplicate that only it knows, so the number is its own from registration to deletion. A watch keeps its file
+//!   open: whoever wants the other end to see a close calls `unwatch` too.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::time::Timespec;
+
+use crate::timers::Timers;
+use crate::{Event, Interest, Readiness, Token, Trigger};
+
+/// Most events that one wait takes from the kernel. The kernel goes round its ready list, so a larger number of
+/// ready files is served over several waits without starving any.
+const BATCH: usize = 64;
+
+/// The key of the timerfd: no slot has this index.
+const TIMER_KEY: u64 = u64::MAX;
+
+/// Tells which files are ready and which timers are due. See the [crate documentation](crate) for its promises.
+///
+/// Not for sharing: the thread that owns it waits in it. [`AsFd`] gives its epoll, which is readable when something
+/// is due, timers included: a reactor can be watched by another one, or by any poll(2).
+pub struct Reactor {
+    epoll: OwnedFd,
+    timers: Timers,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    by_token: HashMap<Token, u32>,
+    collected: VecDeque<(u64, EventFlags)>,
+    buffer: Vec<epoll::Event>,
+}
+
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    watch: Option<Watch>,
+}
+
+struct Watch {
+    token: Token,
+    /// Our own duplicate of the file.
+    fd: OwnedFd,
+}
+
+impl Reactor {
+    /// A reactor that watches nothing. Takes two file descriptors.
+    pub fn new() -> io::Result<Reactor> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let timers = Timers::new()?;
+        epoll::add(&epoll, timers.as_fd(), EventData::new_u64(TIMER_KEY), EventFlags::IN | EventFlags::ET)?;
+        Ok(Reactor {
+            epoll,
+            timers,
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_token: HashMap::new(),
+            collected: VecDeque::new(),
+            buffer: Vec::with_capacity(BATCH),
+        })
+    }
+
+    /// Watches `fd` as `token`, in place of a former watch of that token.
+    ///
+    /// The watch is on the open file: it goes on when `fd` is closed, and holds the file open until
+    /// [`unwatch`](Self::unwatch). The same file may be watched under several tokens.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` for a file that has no readiness (a regular file, a directory), `EMFILE` or `ENFILE` without
+    /// descriptors left for the duplicate, `ENOSPC` at the user's limit of watches, `ELOOP` for reactors that would
+    /// watch each other. A former watch of `token` then goes on unchanged.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>, token: Token, interest: Interest) -> io::Result<()> {
+        let fd = rustix::io::fcntl_dupfd_cloexec(fd, 0)?;
+        let index = match self.free.last() {
+            Some(index) => *index,
+            None => {
+                // Far above any limit of descriptors, and the one index that the timer's key could meet is excluded.
+                let index = u32::try_from(self.slots.len()).ok().filter(|index| *index != u32::MAX);
+                let index = index.ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+                self.slots.push(Slot::default());
+                self.free.push(index);
+                index
+            }
+        };
+        let Some(slot) = self.slots.get_mut(index as usize) else {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        };
+        epoll::add(&self.epoll, &fd, EventData::new_u64(key(index, slot.generation)), flags_of(interest))?;
+        self.free.pop();
+        slot.watch = Some(Watch { token, fd });
+        if let Some(former) = self.by_token.insert(token, index) {
+            self.release(former);
+        }
+        Ok(())
+    }
+
+    /// Ends the watch of `token`, if there is one. No event of it is handed out any more.
+    pub fn unwatch(&mut self, token: Token) {
+        if let Some(index) = self.by_token.remove(&token) {
+            self.release(index);
+        }
+    }
+
+    /// Ends every watch and timer whose token `keep` does not hold on to.
+    pub fn retain(&mut self, mut keep: impl FnMut(Token) -> bool) {
+        let gone: Vec<Token> = self.by_token.keys().copied().filter(|token| !keep(*token)).collect();
+        for token in gone {
+            self.unwatch(token);
+        }
+        self.timers.retain(keep);
+    }
+
+    /// Whether `token` has a watch.
+    pub fn is_watched(&self, token: Token) -> bool {
+        self.by_token.contains_key(&token)
+    }
+
+    /// Makes `token` have an [`Event::Timer`] once, not before `at`, in place of a former timer of that token.
+    pub fn set_timer(&mut self, token: Token, at: std::time::Instant) {
+        self.timers.set(token, at);
+    }
+
+    /// Ends the timer of `token`, if there is one. It is not handed out any more, even if it was due.
+    pub fn cancel_timer(&mut self, token: Token) {
+        self.timers.cancel(token);
+    }
+
+    /// Sleeps until something is ready or due, or `timeout` has passed, and collects events for [`next`](Self::next).
+    ///
+    /// `None` sleeps for as long as it takes, [`Duration::ZERO`] not at all. The time-out is rounded up to
+    /// milliseconds; a timer is exact. Returns at once when events of an earlier wait have not all been taken, and
+    /// may return with nothing: after a signal, or when a timer was pushed back.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if !self.collected.is_empty() || self.timers.has_due() {
+            return Ok(());
+        }
+        let timeout = timeout.map(|t| Timespec {
+            tv_sec: t.as_secs().min(i32::MAX as u64) as _,
+            tv_nsec: t.subsec_nanos() as _,
+        });
+        self.timers.settle();
+        self.buffer.clear();
+        let spare = rustix::buffer::spare_capacity(&mut self.buffer);
+        match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
+            Ok(_) => {}
+            // A signal: its handler has run, and the caller decides what comes next.
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let mut fired = false;
+        for event in self.buffer.drain(..) {
+            let (data, flags) = (event.data, event.flags);
+            match data.u64() {
+                TIMER_KEY => fired = true,
+                key => self.collected.push_back((key, flags)),
+            }
+        }
+        self.timers.collect(fired);
+        Ok(())
+    }
+
+    /// Hands out the next collected event. Handlers may watch, unwatch and set timers in between.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an iterator would borrow the reactor over the handler's call"
+    )]
+    pub fn next(&mut self) -> Option<Event> {
+        while let Some((key, flags)) = self.collected.pop_front() {
+            let (index, generation) = (key as u32, (key >> 32) as u32);
+            let Some(slot) = self.slots.get(index as usize) else { continue };
+            if slot.generation != generation {
+                continue;
+            }
+            if let Some(watch) = &slot.watch {
+                return Some(Event::Ready { token: watch.token, ready: readiness_of(flags) });
+            }
+        }
+        self.timers.next_due().map(|token| Event::Timer { token })
+    }
+
+    /// Ends the registration in `index`.
+    fn release(&mut self, index: u32) {
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let Some(watch) = slot.watch.take() else { return };
+        // The number is our own duplicate, so this deletes what was added and nothing else. It matters although the
+        // duplicate is closed next: another duplicate of the file would keep the registration alive.
+        let deleted = epoll::delete(&self.epoll, &watch.fd);
+        debug_assert!(deleted.is_ok(), "a registration of our own was lost: {deleted:?}");
+        // A slot whose generations are used up is retired, so that no key ever comes back.
+        if let Some(generation) = slot.generation.checked_add(1) {
+            slot.generation = generation;
+            self.free.push(index);
+        }
+    }
+}
+
+impl AsFd for Reactor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+impl std::fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reactor").field("watches", &self.by_token.len()).finish_non_exhaustive()
+    }
+}
+
+fn key(index: u32, generation: u32) -> u64 {
+    u64::from(generation) << 32 | u64::from(index)
+}
+
+fn flags_of(interest: Interest) -> EventFlags {
+    let mut flags = EventFlags::empty();
+    if interest.readable {
+        // Without a wish to read, the end of the other side's sending must not be reported: at level it would be
+        // reported for ever to somebody who has stopped reading on purpose.
+        flags |= EventFlags::IN | EventFlags::RDHUP;
+    }
+    if interest.writable {
+        flags |= EventFlags::OUT;
+    }
+    if interest.trigger == Trigger::Edge {
+        flags |= EventFlags::ET;
+    }
+    flags
+}
+
+fn readiness_of(flags: EventFlags) -> Readiness {
+    Readiness {
+        readable: flags.contains(EventFlags::IN),
+        writable: flags.contains(EventFlags::OUT),
+        closed: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
+        error: flags.contains(EventFlags::ERR),
+    }
+}

@@ -72,7 +72,7 @@ impl Features {
         Features::from_bits_retain((((1 << 17) - 1) << 24) | (((1 << 7) - 1) << 43));
 
     /// The feature of that name: the specification's, in lower case without its prefix, e.g. `ring_packed`.
-    pub fn from_name(name: &str) -> Option<Features> {
+    pub fn by_name(name: &str) -> Option<Features> {
         NAMES.iter().find(|(known, _)| *known == name).map(|(_, bit)| *bit)
     }
 
@@ -127,10 +127,10 @@ mod tests {
     #[test]
     fn names_are_those_of_the_standard() {
         for (name, bit) in NAMES {
-            assert_eq!(Features::from_name(name), Some(*bit));
+            assert_eq!(Features::by_name(name), Some(*bit));
             assert_eq!(bit.bits().count_ones(), 1);
         }
-        assert_eq!(Features::from_name("EVENT_IDX"), None);
+        assert_eq!(Features::by_name("EVENT_IDX"), None);
         let names: Vec<_> = Features::RING.names().collect();
         assert_eq!(names, ["indirect_desc", "event_idx", "version_1", "ring_packed", "in_order"]);
     }

@@ -15,13 +15,23 @@
 //! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
 
 pub mod config;
+pub mod device;
+pub mod engine;
 pub mod features;
+pub mod lane;
 pub mod memory;
 pub mod queue;
 pub mod status;
+mod ticket;
 
 pub use config::{ConfigError, ConfigSpace};
+pub use device::{
+    ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice, Worker,
+};
+pub use engine::{Engine, EngineError, EngineOptions, FeatureError, QueueStart};
 pub use features::{DeviceType, Features};
 pub use memory::{Access, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};
 pub use status::Status;
+pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
+pub use ticket::Ticket;

@@ -1,0 +1,252 @@
+//! What a device writes: [`VirtioDevice`], the part that exists once, and [`Worker`], the part that serves queues.
+//!
+//! The two never share a lock: a worker lives on the thread of its lane; the device is entered by the control side
+//! only. They meet when every queue is stopped ([`VirtioDevice::reset`]), and talk through mailboxes otherwise.
+use crate::{ConfigSpace, DeviceType, Features, Queue, Status};
+use reactor::{Mail, Reactor, Readiness, Token};
+use std::fmt;
+use std::sync::Arc;
+
+/// A device or worker cannot go on. Fails the lane (or the start of the device), never the process.
+#[derive(Debug)]
+pub struct DeviceError(Box<dyn std::error::Error + Send + Sync>);
+
+impl DeviceError {
+    /// An error with this cause (any error, or a message).
+    pub fn new(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        DeviceError(cause.into())
+    }
+}
+
+impl fmt::Display for DeviceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for DeviceError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
+impl From<std::io::Error> for DeviceError {
+    fn from(error: std::io::Error) -> Self {
+        DeviceError::new(error)
+    }
+}
+
+/// One queue of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueSpec {
+    /// The standard's name of it, e.g. `requestq`.
+    pub name: &'static str,
+    /// Largest size in descriptors: 1 to 32768, a power of two (so that split rings can have it).
+    pub max_size: u16,
+    /// The lane that serves it: 0, 1, ... without gaps. Queues that must be served together share one.
+    pub lane: u16,
+}
+
+/// Who writes to the configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigWriter {
+    /// The driver: read-only fields stay as they are.
+    Driver,
+    /// The front-end, restoring a migrated device: every field may change.
+    Migration,
+}
+
+/// How a queue is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Finish what was taken: the driver gets every buffer back (GET_VRING_BASE, snapshot).
+    Drain,
+    /// Give up what was taken, nothing is marked used (device reset).
+    Discard,
+}
+
+/// What was negotiated, as a worker sees it from DRIVER_OK to reset.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// The negotiated features.
+    pub features: Features,
+}
+
+/// The queues of a lane. One that is not started is not there.
+#[derive(Default)]
+pub struct Queues {
+    pub(crate) slots: Vec<(u16, Option<Queue>)>,
+}
+
+impl Queues {
+    /// The queue of that number, if this lane serves it and it is started.
+    #[inline]
+    pub fn get(&mut self, queue: u16) -> Option<&mut Queue> {
+        self.slots.iter_mut().find(|(index, _)| *index == queue)?.1.as_mut()
+    }
+
+    /// Every started queue with its number.
+    pub fn iter(&mut self) -> impl Iterator<Item = (u16, &mut Queue)> {
+        self.slots.iter_mut().filter_map(|(index, queue)| Some((*index, queue.as_mut()?)))
+    }
+}
+
+/// What happens in a device that its host has to pass on.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum HostEvent {
+    /// The configuration space changed: a configuration-change notification is due (2.5.2).
+    ConfigChanged,
+    /// The device gave up, `DEVICE_NEEDS_RESET` is set: a configuration-change notification is due (2.1.2).
+    NeedsReset {
+        /// Why, for the log.
+        reason: String,
+    },
+    /// The driver broke a ring's rules; that queue is stopped. [`HostEvent::NeedsReset`] follows.
+    QueueFault {
+        /// The queue.
+        queue: u16,
+        /// The rule that was broken.
+        error: crate::QueueError,
+    },
+}
+
+/// The host's ear. Called from lane threads: must neither block nor call back into the engine.
+pub trait HostEvents: Send + Sync {
+    /// Something happened.
+    fn event(&self, event: HostEvent);
+}
+
+/// The way from a worker up to its host.
+pub struct Upcall {
+    pub(crate) shared: Arc<crate::lane::Shared>,
+}
+
+impl Upcall {
+    /// The worker changed the configuration space; tell the driver. Nobody is told before DRIVER_OK.
+    pub fn config_changed(&self) {
+        if self.shared.status().contains(Status::DRIVER_OK) {
+            self.shared.events.event(HostEvent::ConfigChanged);
+        }
+    }
+}
+
+/// What a worker may use during one callback.
+pub struct Lane<'a> {
+    /// The started queues of this lane.
+    pub queues: &'a mut Queues,
+    /// Files and timers of the worker, under tokens made by [`Token::new`].
+    pub reactor: &'a mut Reactor,
+    /// The way up.
+    pub up: &'a Upcall,
+}
+
+/// The part of a device that exists once. Entered from the control side, one call at a time.
+pub trait VirtioDevice: Send + 'static {
+    /// The part that serves queues.
+    type Worker: Worker;
+
+    /// The device type. Constant.
+    fn device_type(&self) -> DeviceType;
+
+    /// The device's own feature bits; bits of rings and negotiation belong to the host. Constant.
+    fn features(&self) -> Features;
+
+    /// Whether the device can work with this negotiated set; asked when the driver writes FEATURES_OK. Bits that were
+    /// not offered are refused before.
+    fn check_features(&self, driver: Features) -> bool {
+        let _ = driver;
+        true
+    }
+
+    /// The queues under these features. Called with all offered features when the engine is made, which fixes queues
+    /// and lanes.
+    fn queues(&self, features: Features) -> Vec<QueueSpec>;
+
+    /// The configuration space. Called once.
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::new(ConfigSpace::empty())
+    }
+
+    /// The driver (or a migrating front-end) writes configuration bytes; the range lies within the space. A device
+    /// decides which fields may change; by default none.
+    fn write_config(&mut self, offset: u32, data: &[u8], by: ConfigWriter) {
+        let _ = (offset, data, by);
+    }
+
+    /// Makes the workers, one per lane. Called once, before any other thread knows the device. `mail` holds the
+    /// address of each lane's mailbox.
+    fn workers(
+        &mut self,
+        mail: &[Mail<<Self::Worker as Worker>::Msg>],
+    ) -> Result<Vec<Self::Worker>, DeviceError>;
+
+    /// Back to the state after creation. Every queue is stopped and every worker is here, in the order of the lanes.
+    /// Also the way back after a worker failed or panicked, so it must not rely on their state. May be called twice in
+    /// a row.
+    fn reset(&mut self, workers: &mut [Self::Worker]) {
+        let _ = workers;
+    }
+}
+
+/// The part of a device that serves the queues of one lane. Runs on one thread at a time and owns its files.
+///
+/// No method may block or sleep. An error (or a panic) fails the lane: its queues stop and the device needs a reset;
+/// for anything that concerns one request, answer that request instead.
+pub trait Worker: Send + 'static {
+    /// What its mailbox carries.
+    type Msg: Send + 'static;
+
+    /// Once, on the lane's thread, before anything else.
+    fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = lane;
+        Ok(())
+    }
+
+    /// The driver set DRIVER_OK. Followed by [`Worker::queue_ready`] for each queue that runs.
+    fn activated(&mut self, session: &Session, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = (session, lane);
+        Ok(())
+    }
+
+    /// The queue may have buffers: it was started, enabled or kicked, its budget was refilled, or memory changed.
+    /// Comes at least once after each of these; may come when there is nothing.
+    fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError>;
+
+    /// The queue is being stopped: it pops nothing from here on. It is stopped when no chain is out any more, so
+    /// a worker that keeps chains gives them back now or when they are done.
+    fn queue_stop(&mut self, queue: u16, how: Stop, lane: &mut Lane<'_>) {
+        let _ = (queue, how, lane);
+    }
+
+    /// A file that the worker watches is ready.
+    fn source_ready(&mut self, token: Token, ready: Readiness, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = (token, ready, lane);
+        Ok(())
+    }
+
+    /// A timer that the worker set is due.
+    fn timer(&mut self, token: Token, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = (token, lane);
+        Ok(())
+    }
+
+    /// A message arrived in the mailbox.
+    fn message(&mut self, message: Self::Msg, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = (message, lane);
+        Ok(())
+    }
+
+    /// The end of a turn in which the worker was called: hand collected work to the kernel in one go.
+    fn flush(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = lane;
+        Ok(())
+    }
+
+    /// Called again and again while the host polls instead of sleeping. True if there was something to do; the
+    /// worker's files are looked at next.
+    fn poll(&mut self, lane: &mut Lane<'_>) -> bool {
+        let _ = lane;
+        false
+    }
+}

@@ -1,0 +1,440 @@
+//! The engine: what virtio demands of every device, once.
+//!
+//! Negotiation and the status machine (virtio 1.4, 2.1, 2.2, 3.1), the life of queues, reset (2.4), NEEDS_RESET. A
+//! host translates its registers or messages into calls here. Nothing blocks: what a lane has to do is a [`Ticket`].
+//!
+//! ```text
+//!  status     features                     queues                     lanes
+//!  0          may be set                   not served
+//!  DRIVER     may be set                   not served
+//!  FEATURES_OK fixed                       may be started             know the rings, serve none
+//!  DRIVER_OK  fixed                        start, enable, stop        serve
+//!  -> 0       (ticket)                     discarded, then stopped    hand their workers to VirtioDevice::reset
+//! ```
+use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
+use crate::lane::{
+    Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, Shared, StartError,
+    StopError, WaitFor,
+};
+use crate::ticket::{Completer, Ticket, ticket};
+use crate::{ConfigError, ConfigSpace, DeviceType, Features, GuestRam, Queue, QueueConfig, QueueState, Status};
+use reactor::{SpinPolicy, Waker, mailbox};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a stop or reset waits for chains unless the host says otherwise (failure policy 7).
+pub const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Buffers that one queue may take in one turn, so that it cannot hold its lane for ever.
+pub const BUDGET: u32 = 256;
+
+/// What a host decides about a device.
+pub struct EngineOptions {
+    /// Features to withhold although the device or the core has them.
+    pub without: Features,
+    /// Buffers that a queue may take per turn.
+    pub budget: u32,
+    /// Polling before a lane sleeps.
+    pub spin: SpinPolicy,
+    /// Who hears of events.
+    pub events: Arc<dyn HostEvents>,
+}
+
+impl EngineOptions {
+    /// The defaults, with this listener.
+    pub fn new(events: Arc<dyn HostEvents>) -> Self {
+        EngineOptions { without: Features::empty(), budget: BUDGET, spin: SpinPolicy::OFF, events }
+    }
+}
+
+/// A device cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The device refused.
+    #[error("the device cannot be made: {0}")]
+    Device(#[source] DeviceError),
+    /// The device's description contradicts itself.
+    #[error("the device is described wrongly: {0}")]
+    Description(String),
+    /// No files left, most likely.
+    #[error("cannot set up a lane")]
+    Io(#[from] io::Error),
+}
+
+/// A feature set that cannot be negotiated.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FeatureError {
+    /// Bits that were not offered.
+    #[error("features {0:#x} were not offered")]
+    NotOffered(u128),
+    /// The features are fixed since FEATURES_OK.
+    #[error("the features are fixed until the device is reset")]
+    Fixed,
+}
+
+struct Control {
+    driver: Features,
+    ram: GuestRam,
+    /// Those who wait for the reset that is under way.
+    resetting: Option<Vec<Completer<()>>>,
+}
+
+struct Core<D: VirtioDevice> {
+    device: Mutex<D>,
+    device_type: DeviceType,
+    offered: Features,
+    specs: Vec<QueueSpec>,
+    config: Arc<ConfigSpace>,
+    control: Mutex<Control>,
+    lanes: Vec<LaneHandle<D::Worker>>,
+    shared: Arc<Shared>,
+}
+
+/// A device under the rules of virtio. Dropping it ends its lanes.
+pub struct Engine<D: VirtioDevice>(Arc<Core<D>>);
+
+/// What a queue needs to start.
+pub struct QueueStart {
+    /// Size and addresses (guest-physical).
+    pub config: QueueConfig,
+    /// Where it continues; none: from the beginning.
+    pub state: Option<QueueState>,
+    /// How kicks come in.
+    pub kick: Kick,
+    /// How interrupts go out.
+    pub call: Call,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A device that panicked under the lock is reset before it is used again.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check_specs(specs: &[QueueSpec]) -> Result<u16, EngineError> {
+    let wrong = |what: String| Err(EngineError::Description(what));
+    if u16::try_from(specs.len()).is_err() {
+        return wrong(format!("{} queues", specs.len()));
+    }
+    for spec in specs {
+        if !spec.max_size.is_power_of_two() || spec.max_size > 32768 {
+            return wrong(format!("queue {} with {} entries", spec.name, spec.max_size));
+        }
+    }
+    let lanes = specs.iter().map(|spec| spec.lane).max().map_or(1, |last| last.saturating_add(1));
+    match (0..lanes).find(|lane| !specs.is_empty() && specs.iter().all(|spec| spec.lane != *lane)) {
+        Some(empty) => wrong(format!("no queue in lane {empty}")),
+        None => Ok(lanes),
+    }
+}
+
+impl<D: VirtioDevice> Engine<D> {
+    /// Puts a device under the engine. The runners, one per lane, are the caller's to place on threads.
+    pub fn new(
+        mut device: D,
+        options: EngineOptions,
+    ) -> Result<(Engine<D>, Vec<LaneRunner<D::Worker>>), EngineError> {
+        let own = device.features();
+        if own.intersects(Features::NOT_A_DEVICES) {
+            return Err(EngineError::Description(format!(
+                "feature bits {:#x} are not a device's to offer",
+                (own & Features::NOT_A_DEVICES).bits()
+            )));
+        }
+        // 6.2: VERSION_1 must be offered, whatever is withheld.
+        let offered = ((own | Features::RING) - options.without) | Features::VERSION_1;
+        let specs = device.queues(offered);
+        let count = check_specs(&specs)?;
+        let shared = Arc::new(Shared::new(options.events));
+
+        let (mails, inboxes): (Vec<_>, Vec<_>) =
+            (0..count).map(|_| mailbox(MAILBOX)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+        let workers = device.workers(&mails).map_err(EngineError::Device)?;
+        if workers.len() != usize::from(count) {
+            return Err(EngineError::Description(format!("{} workers for {count} lanes", workers.len())));
+        }
+        let mut lanes = Vec::new();
+        let mut runners = Vec::new();
+        for ((index, worker), mail) in (0..count).zip(workers).zip(inboxes) {
+            let (commands, orders) = channel();
+            let waker = Waker::new()?;
+            lanes.push(LaneHandle { commands, waker: waker.clone() });
+            let queues = (0..).zip(&specs).filter(|(_, spec)| spec.lane == index).map(|(queue, _)| queue).collect();
+            runners.push(LaneRunner::new(LaneParts {
+                index,
+                queues,
+                orders,
+                waker,
+                mail,
+                worker,
+                shared: shared.clone(),
+                budget: options.budget.max(1),
+                spin: options.spin,
+            })?);
+        }
+        let core = Core {
+            device_type: device.device_type(),
+            config: device.config(),
+            device: Mutex::new(device),
+            offered,
+            specs,
+            control: Mutex::new(Control { driver: Features::empty(), ram: GuestRam::empty(), resetting: None }),
+            lanes,
+            shared,
+        };
+        Ok((Engine(Arc::new(core)), runners))
+    }
+
+    /// The device type.
+    pub fn device_type(&self) -> DeviceType {
+        self.0.device_type
+    }
+
+    /// Everything that is offered to the driver.
+    pub fn offered(&self) -> Features {
+        self.0.offered
+    }
+
+    /// The queues, in the order of their numbers.
+    pub fn queues(&self) -> &[QueueSpec] {
+        &self.0.specs
+    }
+
+    /// The configuration space.
+    pub fn config(&self) -> &Arc<ConfigSpace> {
+        &self.0.config
+    }
+
+    /// What went wrong since the device was made.
+    pub fn failures(&self) -> &FailureCounters {
+        &self.0.shared.failures
+    }
+
+    /// The driver's features.
+    pub fn driver_features(&self) -> Features {
+        lock(&self.0.control).driver
+    }
+
+    /// The driver (or front-end) chooses features. Possible until FEATURES_OK; the same set once more is always fine.
+    pub fn set_driver_features(&self, features: Features) -> Result<(), FeatureError> {
+        let excess = features - self.0.offered;
+        if !excess.is_empty() {
+            return Err(FeatureError::NotOffered(excess.bits()));
+        }
+        let mut control = lock(&self.0.control);
+        if self.status().contains(Status::FEATURES_OK) && control.driver != features {
+            return Err(FeatureError::Fixed);
+        }
+        control.driver = features;
+        Ok(())
+    }
+
+    /// The status field.
+    pub fn status(&self) -> Status {
+        self.0.shared.status()
+    }
+
+    /// The driver writes the status field: 0 resets, other bits are added (2.1.1: a driver clears none). FEATURES_OK
+    /// stays clear if the features are refused, DRIVER_OK without FEATURES_OK. When the ticket ends,
+    /// [`Engine::status`] tells what became of it.
+    pub fn set_status(&self, status: Status) -> Ticket<()> {
+        if status.is_empty() {
+            return self.reset();
+        }
+        let control = lock(&self.0.control);
+        let old = self.status();
+        let mut new = status - old - Status::DEVICE_NEEDS_RESET - Status::SUSPEND;
+        if control.resetting.is_some() {
+            return Ticket::ready(());
+        }
+        if new.contains(Status::FEATURES_OK) && !self.accepts(control.driver) {
+            new -= Status::FEATURES_OK;
+        }
+        if !(old | new).contains(Status::FEATURES_OK) {
+            new -= Status::DRIVER_OK;
+        }
+        self.0.shared.add_status(new);
+        if !new.contains(Status::DRIVER_OK) {
+            return Ticket::ready(());
+        }
+        let session = Session { features: control.driver };
+        let (done, ticket) = ticket(());
+        let done = Arc::new(done);
+        for lane in &self.0.lanes {
+            lane.send(Command::Activate { session: session.clone(), done: done.clone() });
+        }
+        ticket
+    }
+
+    fn accepts(&self, driver: Features) -> bool {
+        // 6.2: a device may refuse to go on without VERSION_1; ours know no legacy interface.
+        driver.contains(Features::VERSION_1)
+            && self.enter_device("check_features", |device| device.check_features(driver)).unwrap_or(false)
+    }
+
+    /// The driver writes to the configuration space.
+    pub fn write_config(&self, offset: u32, data: &[u8], by: ConfigWriter) -> Result<(), ConfigError> {
+        let size = self.0.config.len();
+        let end = (offset as usize).checked_add(data.len());
+        if end.is_none_or(|end| end > size) {
+            return Err(ConfigError::OutOfRange { offset, len: data.len(), size });
+        }
+        self.enter_device("write_config", |device| device.write_config(offset, data, by));
+        Ok(())
+    }
+
+    /// Calls the device; a panic is its failure, not the caller's (failure policy 5).
+    fn enter_device<R>(&self, what: &str, call: impl FnOnce(&mut D) -> R) -> Option<R> {
+        let mut device = lock(&self.0.device);
+        match catch_unwind(AssertUnwindSafe(|| call(&mut device))) {
+            Ok(result) => Some(result),
+            Err(_) => {
+                self.0.shared.failures.worker_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.0.shared.needs_reset(format!("the device panicked in {what}"));
+                None
+            }
+        }
+    }
+
+    fn lane(&self, queue: u16) -> Option<&LaneHandle<D::Worker>> {
+        let spec = self.0.specs.get(usize::from(queue))?;
+        self.0.lanes.get(usize::from(spec.lane))
+    }
+
+    /// Starts a queue on the current memory. It is served once it is enabled and the driver is ready (DRIVER_OK).
+    pub fn start(&self, queue: u16, start: QueueStart) -> Ticket<Result<(), StartError>> {
+        let (Some(lane), Some(spec)) = (self.lane(queue), self.0.specs.get(usize::from(queue))) else {
+            return Ticket::ready(Err(StartError::NoSuchQueue(queue)));
+        };
+        if start.config.size > spec.max_size {
+            let error = StartError::TooLarge { queue, size: start.config.size, max: spec.max_size };
+            return Ticket::ready(Err(error));
+        }
+        let control = lock(&self.0.control);
+        let ring = match Queue::new(start.config, &control.ram, control.driver, start.state) {
+            Ok(ring) => Box::new(ring),
+            Err(error) => return Ticket::ready(Err(error.into())),
+        };
+        // Under the lock, so that a memory change comes before or after, not between.
+        let (done, ticket) = ticket(Err(StartError::Gone));
+        lane.send(Command::Start { queue, ring, kick: start.kick, call: start.call, done });
+        ticket
+    }
+
+    /// Enables or disables a queue, started or not. A disabled one pops nothing but completes what is out.
+    pub fn enable(&self, queue: u16, on: bool) -> Ticket<()> {
+        self.tell(queue, |done| Command::Enable { queue, on, done })
+    }
+
+    /// Changes the interrupt of a queue; one is sent at once in case the last one went to the old file unheard.
+    pub fn set_call(&self, queue: u16, call: Call) -> Ticket<()> {
+        self.tell(queue, |done| Command::SetCall { queue, call, done })
+    }
+
+    fn tell(&self, queue: u16, command: impl FnOnce(Completer<()>) -> Command<D::Worker>) -> Ticket<()> {
+        let (done, ticket) = ticket(());
+        if let Some(lane) = self.lane(queue) {
+            lane.send(command(done));
+        }
+        ticket
+    }
+
+    /// Stops a queue; the ticket holds where it stopped. After `deadline` (none: [`STOP_DEADLINE`]) chains that are
+    /// still out are given up.
+    pub fn stop(&self, queue: u16, how: Stop, deadline: Option<Instant>) -> Ticket<Result<QueueState, StopError>> {
+        let Some(lane) = self.lane(queue) else {
+            return Ticket::ready(Err(StopError::NotStarted(queue)));
+        };
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + STOP_DEADLINE);
+        let (done, ticket) = ticket(Err(StopError::Gone));
+        lane.send(Command::Stop { queue, how, deadline, done });
+        ticket
+    }
+
+    /// Changes guest memory: every queue moves to the new snapshot between two requests.
+    pub fn memory(&self, ram: GuestRam, wait: WaitFor) -> Ticket<()> {
+        let mut control = lock(&self.0.control);
+        control.ram = ram.clone();
+        let (done, ticket) = ticket(());
+        let done = Arc::new(done);
+        for lane in &self.0.lanes {
+            lane.send(Command::Memory { ram: ram.clone(), wait, done: done.clone() });
+        }
+        ticket
+    }
+
+    /// The driver notified this queue: for hosts whose kicks are no files.
+    pub fn kick(&self, queue: u16) {
+        if let Some(lane) = self.lane(queue) {
+            lane.send(Command::Kick(queue));
+        }
+    }
+
+    /// Resets the device (2.4): queues are stopped and their buffers given up, the device and its workers go back to
+    /// their first state, and the status reads 0 when the ticket ends. If a backend held on to chains beyond
+    /// [`STOP_DEADLINE`], the status reads DEVICE_NEEDS_RESET instead; another reset may be tried.
+    pub fn reset(&self) -> Ticket<()> {
+        let (done, ticket) = ticket(());
+        let mut control = lock(&self.0.control);
+        if let Some(waiting) = control.resetting.as_mut() {
+            waiting.push(done);
+            return ticket;
+        }
+        control.resetting = Some(vec![done]);
+        let core = self.0.clone();
+        let agenda = move |workers: &mut [D::Worker], stuck: bool| {
+            // If the device panics half-way, this is what remains.
+            let mut outcome = Outcome { shared: &core.shared, status: Status::DEVICE_NEEDS_RESET };
+            lock(&core.device).reset(workers);
+            lock(&core.control).driver = Features::empty();
+            if !stuck {
+                outcome.status = Status::empty();
+            }
+        };
+        let over = ResetOver(self.0.clone());
+        let afterwards = move || drop(over);
+        let meeting = Arc::new(Meeting::new(self.0.lanes.clone(), Box::new(agenda), Box::new(afterwards)));
+        let deadline = Instant::now() + STOP_DEADLINE;
+        for lane in &self.0.lanes {
+            lane.send(Command::CheckIn { meeting: meeting.clone(), deadline });
+        }
+        ticket
+    }
+
+    /// Ends the lanes. Queues that still run are given up: stop them first to finish requests.
+    pub fn shutdown(&self) {
+        for lane in &self.0.lanes {
+            lane.send(Command::Shutdown);
+        }
+    }
+}
+
+/// Sets the status at the end of a reset, however it ends.
+struct Outcome<'a> {
+    shared: &'a Shared,
+    status: Status,
+}
+
+impl Drop for Outcome<'_> {
+    fn drop(&mut self) {
+        self.shared.set_status(self.status);
+    }
+}
+
+/// Answers all who wait for a reset, also if a lane was gone and it never took place.
+struct ResetOver<D: VirtioDevice>(Arc<Core<D>>);
+
+impl<D: VirtioDevice> Drop for ResetOver<D> {
+    fn drop(&mut self) {
+        let waiting = lock(&self.0.control).resetting.take();
+        drop(waiting);
+    }
+}
+
+impl<D: VirtioDevice> Drop for Engine<D> {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

@@ -1,0 +1,110 @@
+//! What the engine tells a lane, and where workers meet the device.
+use crate::device::{Session, Stop, Worker};
+use crate::lane::{Kick, StartError, StopError};
+use crate::ticket::Completer;
+use crate::{GuestRam, Queue, QueueState};
+use crate::lane::Call;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// How long a memory change waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitFor {
+    /// Until new requests use the new memory; chains that are out keep the old one mapped.
+    NewRequests,
+    /// Until no chain of the old memory is out; new requests wait for that.
+    OldChainsGone,
+}
+
+/// An order to a lane. Orders are carried out in the order in which they were given.
+pub(crate) enum Command<W: Worker> {
+    Start { queue: u16, ring: Box<Queue>, kick: Kick, call: Call, done: Completer<Result<(), StartError>> },
+    Enable { queue: u16, on: bool, done: Completer<()> },
+    SetCall { queue: u16, call: Call, done: Completer<()> },
+    Stop { queue: u16, how: Stop, deadline: Instant, done: Completer<Result<QueueState, StopError>> },
+    /// Complete when the last holder of `done` is gone.
+    Memory { ram: GuestRam, wait: WaitFor, done: Arc<Completer<()>> },
+    /// DRIVER_OK.
+    Activate { session: Session, done: Arc<Completer<()>> },
+    Kick(u16),
+    /// Stop everything, hand in the worker.
+    CheckIn { meeting: Arc<Meeting<W>>, deadline: Instant },
+    /// The worker comes back.
+    Return(W),
+    Shutdown,
+}
+
+/// The engine's end of a lane.
+pub(crate) struct LaneHandle<W: Worker> {
+    pub(crate) commands: Sender<Command<W>>,
+    pub(crate) waker: reactor::Waker,
+}
+
+impl<W: Worker> Clone for LaneHandle<W> {
+    fn clone(&self) -> Self {
+        LaneHandle { commands: self.commands.clone(), waker: self.waker.clone() }
+    }
+}
+
+impl<W: Worker> LaneHandle<W> {
+    /// A lane that is gone drops the command, whose ticket then says so.
+    pub(crate) fn send(&self, command: Command<W>) {
+        if self.commands.send(command).is_ok() {
+            self.waker.wake();
+        }
+    }
+}
+
+/// What is done with all workers: gets them in the order of the lanes, and whether any lane had to give up chains.
+type Agenda<W> = Box<dyn FnOnce(&mut [W], bool) + Send>;
+
+/// What is done when the workers are on their way home, so that whatever it causes finds them there.
+type Afterwards = Box<dyn FnOnce() + Send>;
+
+struct Table<W: Worker> {
+    seats: Vec<Option<W>>,
+    stuck: bool,
+    agenda: Option<(Agenda<W>, Afterwards)>,
+    lanes: Vec<LaneHandle<W>>,
+}
+
+/// Where the workers of all lanes come together. The last to arrive does the work, on its own thread; then everybody
+/// goes home. No lock is held that a lane could wait for: a lane without a worker just has nothing to do.
+pub(crate) struct Meeting<W: Worker>(Mutex<Table<W>>);
+
+impl<W: Worker> Meeting<W> {
+    pub(crate) fn new(lanes: Vec<LaneHandle<W>>, agenda: Agenda<W>, afterwards: Afterwards) -> Self {
+        Meeting(Mutex::new(Table {
+            seats: lanes.iter().map(|_| None).collect(),
+            stuck: false,
+            agenda: Some((agenda, afterwards)),
+            lanes,
+        }))
+    }
+
+    /// Lane `index` hands in its worker.
+    pub(crate) fn arrive(&self, index: u16, worker: W, stuck: bool) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table.stuck |= stuck;
+        if let Some(seat) = table.seats.get_mut(usize::from(index)) {
+            *seat = Some(worker);
+        }
+        if table.seats.iter().any(Option::is_none) {
+            return;
+        }
+        let mut workers: Vec<W> = table.seats.iter_mut().filter_map(Option::take).collect();
+        let stuck = table.stuck;
+        let agenda = table.agenda.take();
+        let lanes = std::mem::take(&mut table.lanes);
+        drop(table);
+        let Some((agenda, afterwards)) = agenda else { return };
+        // A panic in here is the device's; the agenda's own drop guard reports it.
+        let _ = catch_unwind(AssertUnwindSafe(|| agenda(&mut workers, stuck)));
+        for (lane, worker) in lanes.iter().zip(workers) {
+            lane.send(Command::Return(worker));
+        }
+        afterwards();
+    }
+}

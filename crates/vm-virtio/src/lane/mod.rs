@@ -1,0 +1,597 @@
+//! The lane runtime: what happens around a worker so that a device only has to pop and complete.
+//!
+//! A [`LaneRunner`] owns the queues of one lane, the files that wake it and the worker that serves them. One turn is:
+//! collect events, carry out the engine's orders, serve the queues that are ready (each within its budget), let the
+//! worker flush, publish completions and signal once per queue, look for broken rings, arm kicks.
+//!
+//! Invariants:
+//! * A queue is open (pops) exactly while [`LaneRunner::serves`] says so; every change of a condition goes through
+//!   [`LaneRunner::regate`].
+//! * A queue that is open and not armed either has a turn coming, or its worker left buffers in it on purpose and will
+//!   come back by itself (rate limits). Kicks are armed only after the ring was seen empty, and checked again after.
+//! * The worker is called through [`LaneRunner::enter`] only: its errors and panics end there and fail this lane
+//!   (failure policy 5), not the thread.
+mod command;
+mod ring;
+mod stop;
+
+pub use command::WaitFor;
+pub(crate) use command::{Command, LaneHandle, Meeting};
+pub use ring::{Call, EventFd, Interrupt, Kick, StartError, StopError};
+
+use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
+use crate::{GuestRam, Queue, Status};
+use reactor::{Event, Inbox, Interest, Reactor, SpinPolicy, Spinner, Token};
+use ring::Ring;
+use rustix::fd::AsFd;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// How often a ring without a kick file is looked at ([`Kick::Poll`]).
+pub const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Messages that a worker's mailbox holds.
+pub(crate) const MAILBOX: usize = 256;
+
+// Tokens of the runtime: kicks have the number of their queue.
+const ORDERS: Token = Token::host(0x1_0000);
+const MAIL: Token = Token::host(0x1_0001);
+const DEADLINE: Token = Token::host(0x1_0002);
+
+/// What went wrong so far; never reset. Failure policy 8: every failure is counted.
+#[derive(Debug, Default)]
+pub struct FailureCounters {
+    /// Rings whose rules the driver broke.
+    pub queue_faults: AtomicU64,
+    /// Errors and panics of workers and devices.
+    pub worker_failures: AtomicU64,
+    /// Stops that ended with chains still out.
+    pub stuck: AtomicU64,
+}
+
+/// What the lanes of a device and its engine share: nothing that a request touches.
+pub(crate) struct Shared {
+    status: AtomicU8,
+    pub(crate) events: Arc<dyn HostEvents>,
+    pub(crate) failures: FailureCounters,
+}
+
+impl Shared {
+    pub(crate) fn new(events: Arc<dyn HostEvents>) -> Self {
+        Shared { status: AtomicU8::new(0), events, failures: FailureCounters::default() }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        Status::from_bits_retain(self.status.load(Ordering::SeqCst))
+    }
+
+    pub(crate) fn set_status(&self, status: Status) {
+        self.status.store(status.bits(), Ordering::SeqCst);
+    }
+
+    /// Adds bits; `DEVICE_NEEDS_RESET` that a lane sets meanwhile is not lost.
+    pub(crate) fn add_status(&self, bits: Status) {
+        self.status.fetch_or(bits.bits(), Ordering::SeqCst);
+    }
+
+    /// 2.1.2: an unrecoverable error sets DEVICE_NEEDS_RESET, and the driver is told.
+    pub(crate) fn needs_reset(&self, reason: String) {
+        self.add_status(Status::DEVICE_NEEDS_RESET);
+        self.events.event(HostEvent::NeedsReset { reason });
+    }
+}
+
+/// Runs one lane. The host decides which thread.
+pub struct LaneRunner<W: Worker> {
+    index: u16,
+    reactor: Reactor,
+    orders: Receiver<Command<W>>,
+    mail: Inbox<W::Msg>,
+    /// Not here while it is with the device ([`Meeting`]).
+    worker: Option<W>,
+    queues: Queues,
+    /// Beside `queues.slots`, the same order.
+    rings: Vec<Ring>,
+    up: Upcall,
+    budget: u32,
+    spinner: Option<Spinner>,
+    attached: bool,
+    /// Between DRIVER_OK and reset.
+    live: bool,
+    /// The worker failed: it is not called until a reset.
+    failed: bool,
+    /// The worker was called in this turn.
+    called: bool,
+    mail_waiting: bool,
+    check_in: Option<stop::CheckIn<W>>,
+    running: bool,
+}
+
+/// What the engine gives a lane when it makes it.
+pub(crate) struct LaneParts<W: Worker> {
+    pub(crate) index: u16,
+    pub(crate) queues: Vec<u16>,
+    pub(crate) orders: Receiver<Command<W>>,
+    pub(crate) waker: reactor::Waker,
+    pub(crate) mail: Inbox<W::Msg>,
+    pub(crate) worker: W,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) budget: u32,
+    pub(crate) spin: SpinPolicy,
+}
+
+impl<W: Worker> LaneRunner<W> {
+    pub(crate) fn new(parts: LaneParts<W>) -> std::io::Result<Self> {
+        let mut reactor = Reactor::new()?;
+        reactor.watch(parts.waker.as_fd(), ORDERS, Interest::READ_EDGE)?;
+        reactor.watch(parts.mail.as_fd(), MAIL, Interest::READ_EDGE)?;
+        Ok(LaneRunner {
+            index: parts.index,
+            reactor,
+            orders: parts.orders,
+            mail: parts.mail,
+            worker: Some(parts.worker),
+            queues: Queues { slots: parts.queues.iter().map(|queue| (*queue, None)).collect() },
+            rings: parts.queues.iter().map(|queue| Ring::new(*queue)).collect(),
+            up: Upcall { shared: parts.shared },
+            budget: parts.budget,
+            spinner: (!parts.spin.limit.is_zero()).then(|| Spinner::new(parts.spin)),
+            attached: false,
+            live: false,
+            failed: false,
+            called: false,
+            mail_waiting: false,
+            check_in: None,
+            running: true,
+        })
+    }
+
+    /// The lane's number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Serves the lane until the engine is dropped or shut down.
+    pub fn run(mut self) {
+        while self.running {
+            self.turn(None);
+        }
+    }
+
+    /// One turn: waits for something to do, at most `timeout` (none: for ever), and does it. With a time-out of zero
+    /// it goes on until nothing is left to do now, for hosts and tests that step through a device. Returns whether
+    /// anything was done.
+    pub fn turn(&mut self, timeout: Option<Duration>) -> bool {
+        if !self.attached {
+            self.attached = true;
+            self.enter(|worker, lane| worker.attached(lane));
+        }
+        let stepping = timeout == Some(Duration::ZERO);
+        let mut worked = false;
+        loop {
+            let worked_now = self.one_turn(timeout);
+            worked |= worked_now;
+            if !stepping || !self.running || !(worked_now || self.pending()) {
+                return worked;
+            }
+        }
+    }
+
+    fn one_turn(&mut self, timeout: Option<Duration>) -> bool {
+        let Some(mut worked) = self.collect(timeout) else {
+            return self.wait_for_worker(timeout);
+        };
+        self.called = false;
+        while let Some(event) = self.reactor.next() {
+            worked |= self.handle(event);
+        }
+        while let Ok(order) = self.orders.try_recv() {
+            self.obey(order);
+            worked = true;
+        }
+        if self.mail_waiting {
+            self.read_mail();
+            worked = true;
+        }
+        worked |= self.serve();
+        if self.called {
+            self.enter(|worker, lane| worker.flush(lane));
+        }
+        self.publish();
+        self.find_faults();
+        self.progress_moves();
+        self.progress_stops();
+        if self.spinner.is_none() {
+            self.arm();
+        }
+        worked
+    }
+
+    /// Something is left to do without waiting.
+    fn pending(&self) -> bool {
+        self.mail_waiting && self.worker.is_some() || self.rings.iter().any(|ring| ring.ready)
+    }
+
+    /// Waits until there is something to do. None: the worker is away, there is nothing to do but to wait for it.
+    fn collect(&mut self, timeout: Option<Duration>) -> Option<bool> {
+        self.worker.as_ref()?;
+        let mut timeout = timeout;
+        if self.pending() {
+            timeout = Some(Duration::ZERO);
+        }
+        let mut worked = false;
+        if timeout != Some(Duration::ZERO) && self.spinner.is_some() {
+            worked = self.spin();
+            if !worked {
+                self.arm();
+            }
+            if worked || self.pending() {
+                timeout = Some(Duration::ZERO);
+            }
+        }
+        let polled = |(ring, slot): (&Ring, &(u16, Option<Queue>))| matches!(ring.kick, Kick::Poll) && slot.1.is_some();
+        if self.live && self.rings.iter().zip(&self.queues.slots).any(polled) {
+            timeout = Some(timeout.map_or(POLL_INTERVAL, |limit| limit.min(POLL_INTERVAL)));
+            for ring in self.rings.iter_mut().filter(|ring| matches!(ring.kick, Kick::Poll)) {
+                ring.ready = true;
+            }
+        }
+        let slept = (timeout != Some(Duration::ZERO) && self.spinner.is_some()).then(Instant::now);
+        if let Err(error) = self.reactor.wait(timeout) {
+            // The kernel refuses to wait on our own epoll: nothing can be served any more.
+            self.fail(format!("waiting for events failed: {error}"));
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        if let (Some(slept), Some(spinner)) = (slept, self.spinner.as_mut()) {
+            spinner.woke(slept.elapsed());
+        }
+        Some(worked)
+    }
+
+    /// Polls before sleeping (bounded and adaptive). True: there is work.
+    fn spin(&mut self) -> bool {
+        let Some(mut spinner) = self.spinner.take() else { return false };
+        let found = spinner.spin(|| {
+            let mut found = false;
+            for at in 0..self.rings.len() {
+                if self.serves(at) && self.queue(at).is_some_and(|queue| queue.has_available()) {
+                    if let Some(ring) = self.rings.get_mut(at) {
+                        ring.ready = true;
+                    }
+                    found = true;
+                }
+            }
+            if !found && self.live {
+                self.enter_quietly(|worker, lane| found = worker.poll(lane));
+            }
+            found
+        });
+        self.spinner = Some(spinner);
+        found
+    }
+
+    /// The worker is with the device: nothing can be served, only its return (and shutdown) matters.
+    fn wait_for_worker(&mut self, timeout: Option<Duration>) -> bool {
+        let order = match timeout {
+            None => self.orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(limit) => self.orders.recv_timeout(limit),
+        };
+        match order {
+            Ok(order) => {
+                self.obey(order);
+                true
+            }
+            Err(RecvTimeoutError::Timeout) => false,
+            Err(RecvTimeoutError::Disconnected) => {
+                self.running = false;
+                false
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> bool {
+        match event {
+            Event::Ready { token: ORDERS, .. } => false, // read in every turn
+            Event::Ready { token: MAIL, .. } => {
+                self.mail_waiting = true;
+                true
+            }
+            Event::Ready { token, .. } if token.is_host() => {
+                if let Some(ring) = self.rings.iter_mut().find(|ring| u32::from(ring.index) == token.number()) {
+                    ring.ready = true;
+                }
+                true
+            }
+            Event::Ready { token, ready } => {
+                self.enter(|worker, lane| worker.source_ready(token, ready, lane));
+                true
+            }
+            Event::Timer { token } if token.is_host() => true, // deadlines are looked at in every turn
+            Event::Timer { token } => {
+                self.enter(|worker, lane| worker.timer(token, lane));
+                true
+            }
+        }
+    }
+
+    fn read_mail(&mut self) {
+        // Bounded, so that a flood of messages does not keep the queues waiting.
+        for _ in 0..MAILBOX {
+            if self.worker.is_none() || self.failed {
+                return;
+            }
+            match self.mail.recv() {
+                Some(message) => self.enter(|worker, lane| worker.message(message, lane)),
+                None => {
+                    self.mail_waiting = false;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Command<W>) {
+        match order {
+            Command::Start { queue, ring, kick, call, done } => {
+                done.complete(self.start(queue, *ring, kick, call));
+            }
+            Command::Enable { queue, on, done } => {
+                if let Some(at) = self.find(queue) {
+                    self.rings[at].enabled = on;
+                    self.regate(at);
+                }
+                done.complete(());
+            }
+            Command::SetCall { queue, call, done } => {
+                if let Some(at) = self.find(queue) {
+                    self.rings[at].call = call;
+                    // What was published for the old file may have gone unheard: better one interrupt too many.
+                    if self.serves(at) {
+                        self.signal(at);
+                    }
+                }
+                done.complete(());
+            }
+            Command::Stop { queue, how, deadline, done } => self.begin_stop(queue, how, deadline, done),
+            Command::Memory { ram, wait, done } => {
+                for at in 0..self.rings.len() {
+                    self.move_to(at, &ram, wait, &done);
+                }
+            }
+            Command::Activate { session, done } => {
+                if !self.failed {
+                    self.live = true;
+                    self.enter(|worker, lane| worker.activated(&session, lane));
+                    // 3.1.1: buffers may be in the rings already.
+                    (0..self.rings.len()).for_each(|at| self.regate(at));
+                }
+                drop(done);
+            }
+            Command::Kick(queue) => {
+                if let Some(at) = self.find(queue) {
+                    self.rings[at].ready = true;
+                }
+            }
+            Command::CheckIn { meeting, deadline } => self.begin_check_in(meeting, deadline),
+            Command::Return(worker) => {
+                self.worker = Some(worker);
+                self.failed = false;
+                self.mail_waiting = true;
+            }
+            Command::Shutdown => self.running = false,
+        }
+    }
+
+    fn start(&mut self, number: u16, queue: Queue, kick: Kick, call: Call) -> Result<(), StartError> {
+        let at = self.find(number).ok_or(StartError::NoSuchQueue(number))?;
+        let slot = &mut self.queues.slots[at].1;
+        if slot.is_some() {
+            return Err(StartError::Started(number));
+        }
+        if let Kick::Fd(fd) = &kick {
+            self.reactor
+                .watch(fd.as_fd(), Token::host(u32::from(number)), Interest::READ_EDGE)
+                .map_err(StartError::Kick)?;
+        }
+        *slot = Some(queue);
+        let ring = &mut self.rings[at];
+        ring.stopped();
+        ring.kick = kick;
+        ring.call = call;
+        self.regate(at);
+        Ok(())
+    }
+
+    fn find(&self, queue: u16) -> Option<usize> {
+        self.rings.iter().position(|ring| ring.index == queue)
+    }
+
+    fn queue(&mut self, at: usize) -> Option<&mut Queue> {
+        self.queues.slots.get_mut(at)?.1.as_mut()
+    }
+
+    /// Whether the queue may pop now.
+    fn serves(&self, at: usize) -> bool {
+        self.live
+            && !self.failed
+            && self.rings.get(at).is_some_and(Ring::may_serve)
+            && self.queues.slots.get(at).is_some_and(|(_, queue)| queue.is_some())
+    }
+
+    /// Opens or closes a queue after one of the conditions changed. An opened one is scanned.
+    fn regate(&mut self, at: usize) {
+        let serves = self.serves(at);
+        let Some(queue) = self.queue(at) else { return };
+        if serves {
+            queue.open();
+        } else {
+            queue.close();
+        }
+        self.rings[at].ready = serves;
+    }
+
+    fn serve(&mut self) -> bool {
+        let mut worked = false;
+        for at in 0..self.rings.len() {
+            if !std::mem::take(&mut self.rings[at].ready) || !self.serves(at) {
+                continue;
+            }
+            let budget = self.budget;
+            let armed = std::mem::take(&mut self.rings[at].armed);
+            let number = self.rings[at].index;
+            if let Some(queue) = self.queue(at) {
+                queue.set_budget(budget);
+                if armed {
+                    queue.disarm();
+                }
+            }
+            self.enter(|worker, lane| worker.queue_ready(number, lane));
+            worked = true;
+            if self.serves(at) && self.queue(at).is_some_and(|queue| queue.budget_spent()) {
+                self.rings[at].ready = true;
+            }
+        }
+        worked
+    }
+
+    /// Makes completions visible, one interrupt a queue at most.
+    fn publish(&mut self) {
+        for at in 0..self.rings.len() {
+            if self.queue(at).is_some_and(|queue| queue.publish()) {
+                self.signal(at);
+            }
+        }
+    }
+
+    fn signal(&self, at: usize) {
+        if let Some(call) = self.rings.get(at).and_then(|ring| ring.call.as_ref()) {
+            call.signal();
+        }
+    }
+
+    /// Failure policy 1: a broken ring stops, everything else goes on.
+    fn find_faults(&mut self) {
+        for at in 0..self.rings.len() {
+            if self.rings[at].faulted {
+                continue;
+            }
+            let Some(error) = self.queue(at).and_then(|queue| queue.fault().cloned()) else { continue };
+            self.fault(at, error);
+        }
+    }
+
+    fn fault(&mut self, at: usize, error: crate::QueueError) {
+        let queue = self.rings[at].index;
+        self.rings[at].faulted = true;
+        self.regate(at);
+        self.unwatch_kick(at);
+        let shared = &self.up.shared;
+        shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
+        let reason = format!("queue {queue}: {error}");
+        shared.events.event(HostEvent::QueueFault { queue, error });
+        shared.needs_reset(reason);
+    }
+
+    fn unwatch_kick(&mut self, at: usize) {
+        let ring = &mut self.rings[at];
+        if matches!(ring.kick, Kick::Fd(_)) {
+            self.reactor.unwatch(Token::host(u32::from(ring.index)));
+        }
+        // The file closes after its watch is gone: the peer holds it too, closing alone would not end the watch.
+        ring.kick = Kick::Manual;
+    }
+
+    /// Asks for kicks on every ring that was emptied, and looks once more.
+    fn arm(&mut self) {
+        for at in 0..self.rings.len() {
+            let ring = &self.rings[at];
+            if ring.armed || ring.ready || !self.serves(at) {
+                continue;
+            }
+            let polled = matches!(ring.kick, Kick::Poll);
+            let Some(queue) = self.queue(at) else { continue };
+            // A worker that stopped popping before the ring was empty comes back by itself; kicks would be noise.
+            if polled || !(queue.drained() || !queue.has_available()) {
+                continue;
+            }
+            let more = queue.arm();
+            self.rings[at].armed = !more;
+            self.rings[at].ready = more;
+        }
+    }
+
+    /// Calls the worker. Its error or panic fails the lane.
+    fn enter(&mut self, call: impl FnOnce(&mut W, &mut Lane<'_>) -> Result<(), DeviceError>) {
+        if self.failed {
+            return;
+        }
+        let Some(worker) = self.worker.as_mut() else { return };
+        self.called = true;
+        let mut lane = Lane { queues: &mut self.queues, reactor: &mut self.reactor, up: &self.up };
+        match catch_unwind(AssertUnwindSafe(|| call(worker, &mut lane))) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.fail(format!("lane {}: {error}", self.index)),
+            Err(panic) => self.fail(format!("lane {} panicked: {}", self.index, panic_text(panic.as_ref()))),
+        }
+    }
+
+    /// As [`LaneRunner::enter`], without counting as work.
+    fn enter_quietly(&mut self, call: impl FnOnce(&mut W, &mut Lane<'_>)) {
+        let called = self.called;
+        self.enter(|worker, lane| {
+            call(worker, lane);
+            Ok(())
+        });
+        self.called = called;
+    }
+
+    /// Failure policy 5: this lane's queues stop, the device needs a reset.
+    fn fail(&mut self, reason: String) {
+        if std::mem::replace(&mut self.failed, true) {
+            return;
+        }
+        for at in 0..self.rings.len() {
+            self.regate(at);
+            self.unwatch_kick(at);
+        }
+        self.up.shared.failures.worker_failures.fetch_add(1, Ordering::Relaxed);
+        self.up.shared.needs_reset(reason);
+    }
+
+    fn move_to(&mut self, at: usize, ram: &GuestRam, wait: WaitFor, done: &Arc<crate::ticket::Completer<()>>) {
+        let Some(queue) = self.queue(at) else { return };
+        if !wait.satisfied(queue.outstanding()) {
+            self.rings[at].moving = Some((ram.clone(), done.clone()));
+            self.regate(at);
+            return;
+        }
+        match queue.set_ram(ram) {
+            // The new memory may show what the old one hid; a latched fault stays.
+            Ok(()) => self.regate(at),
+            Err(error) => self.fault(at, error),
+        }
+    }
+
+    fn progress_moves(&mut self) {
+        for at in 0..self.rings.len() {
+            if self.rings[at].moving.is_none() || self.queue(at).is_some_and(|queue| queue.outstanding() > 0) {
+                continue;
+            }
+            if let Some((ram, done)) = self.rings[at].moving.take() {
+                self.move_to(at, &ram, WaitFor::NewRequests, &done);
+            }
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

@@ -1,0 +1,167 @@
+//! What a lane knows of one queue beside the queue itself, and the types of its life cycle.
+use crate::lane::command::WaitFor;
+use crate::device::Stop;
+use crate::ticket::Completer;
+use crate::{GuestRam, QueueError, QueueState};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How a driver's notifications (kicks) reach a queue.
+#[derive(Debug)]
+pub enum Kick {
+    /// An eventfd that becomes readable.
+    Fd(OwnedFd),
+    /// [`crate::Engine::kick`].
+    Manual,
+    /// Not at all: the lane looks into the ring by itself, every [`POLL_INTERVAL`](crate::lane::POLL_INTERVAL).
+    Poll,
+}
+
+/// How a queue's used-buffer notifications reach the driver.
+pub trait Interrupt: Send + Sync {
+    /// Notifies. Must not block.
+    fn signal(&self);
+    /// The file behind it, if it is one.
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// The interrupt of a queue; none: the driver polls.
+pub type Call = Option<Arc<dyn Interrupt>>;
+
+/// An [`Interrupt`] that is an eventfd.
+#[derive(Debug)]
+pub struct EventFd(OwnedFd);
+
+impl EventFd {
+    /// Takes the file and makes it non-blocking, so that a peer who never reads cannot hold a lane.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
+            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        }
+        Ok(EventFd(fd))
+    }
+}
+
+impl Interrupt for EventFd {
+    fn signal(&self) {
+        // Full means that a notification is pending already; anything else is the peer's loss.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
+/// A queue cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The device has no queue of that number.
+    #[error("the device has no queue {0}")]
+    NoSuchQueue(u16),
+    /// It runs already.
+    #[error("queue {0} is already started")]
+    Started(u16),
+    /// It is larger than the device allows.
+    #[error("queue {queue} would have {size} entries, the device allows {max}")]
+    TooLarge {
+        /// The queue.
+        queue: u16,
+        /// The size asked for.
+        size: u16,
+        /// The largest there may be.
+        max: u16,
+    },
+    /// Its ring is not acceptable.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The kick file cannot be watched.
+    #[error("the kick file cannot be watched")]
+    Kick(#[source] io::Error),
+    /// The lane's thread is gone.
+    #[error("the device is shutting down")]
+    Gone,
+}
+
+/// A queue did not stop as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// The queue is not started.
+    #[error("queue {0} is not started")]
+    NotStarted(u16),
+    /// Chains were still out at the deadline (or the worker had failed): they were given up and the device needs a
+    /// reset. The queue is stopped all the same.
+    #[error("a queue was stopped with requests still out")]
+    Stuck(QueueState),
+    /// The lane's thread is gone.
+    #[error("the device is shutting down")]
+    Gone,
+}
+
+pub(super) struct Stopping {
+    pub(super) how: Stop,
+    pub(super) deadline: Instant,
+    /// None: the stop is part of a reset.
+    pub(super) done: Option<Completer<Result<QueueState, StopError>>>,
+}
+
+pub(super) struct Ring {
+    pub(super) index: u16,
+    pub(super) kick: Kick,
+    pub(super) call: Call,
+    pub(super) enabled: bool,
+    /// The driver broke the ring's rules.
+    pub(super) faulted: bool,
+    /// To be served in this turn.
+    pub(super) ready: bool,
+    /// Kicks are asked for.
+    pub(super) armed: bool,
+    pub(super) stopping: Option<Stopping>,
+    /// A memory change that waits for the old chains.
+    pub(super) moving: Option<(GuestRam, Arc<Completer<()>>)>,
+}
+
+impl Ring {
+    pub(super) fn new(index: u16) -> Self {
+        Ring {
+            index,
+            kick: Kick::Manual,
+            call: None,
+            enabled: false,
+            faulted: false,
+            ready: false,
+            armed: false,
+            stopping: None,
+            moving: None,
+        }
+    }
+
+    /// Back to the state before the queue was started. What the front-end set beside the ring (enable, call) stays:
+    /// vhost-user keeps it over a stop.
+    pub(super) fn stopped(&mut self) {
+        let Ring { index: _, kick, call: _, enabled: _, faulted, ready, armed, stopping, moving } = self;
+        *kick = Kick::Manual;
+        *faulted = false;
+        *ready = false;
+        *armed = false;
+        *stopping = None;
+        *moving = None;
+    }
+
+    /// Whether nothing but the device's state keeps the ring from being served.
+    pub(super) fn may_serve(&self) -> bool {
+        self.enabled && !self.faulted && self.stopping.is_none() && self.moving.is_none()
+    }
+}
+
+impl WaitFor {
+    /// Whether a change may take place with this many chains out.
+    pub(super) fn satisfied(self, outstanding: usize) -> bool {
+        self == WaitFor::NewRequests || outstanding == 0
+    }
+}

@@ -1,0 +1,182 @@
+//! The back-end's side of the socket.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use zerocopy::FromBytes;
+
+use crate::body::{ConfigHeader, VringState};
+use crate::frame::{Direction, Frame, FrameReader};
+use crate::output::Output;
+use crate::reply::{Answer, ReplyTicket};
+use crate::request::FrontendRequest;
+use crate::rules::{Body, Gate, ReplyKind, rule};
+use crate::{Error, FrontendCode, ProtocolFeatures, Reason};
+
+/// The back-end's side of a vhost-user socket. Nothing in it sleeps: watch its descriptor for reading, and for writing
+/// while [`wants_write`](Self::wants_write).
+///
+/// For each request: [`receive`](Self::receive), carry it out, [`reply`](Self::reply). Requests are handed out one
+/// after the other, because replies are matched to requests by their order only.
+#[derive(Debug)]
+pub struct BackendEndpoint {
+    socket: UnixStream,
+    frames: FrameReader,
+    output: Output,
+    /// What the host said in its answer to `GET_PROTOCOL_FEATURES`.
+    offered: ProtocolFeatures,
+    negotiated: ProtocolFeatures,
+    next_ticket: u64,
+    /// The ticket whose reply has to go out before the next request is handed out, and its code.
+    owed: Option<(u64, u32)>,
+}
+
+/// A request and what to answer it with.
+#[derive(Debug)]
+pub struct Received {
+    /// The request.
+    pub request: FrontendRequest,
+    /// To be given to [`BackendEndpoint::reply`].
+    pub ticket: ReplyTicket,
+}
+
+impl BackendEndpoint {
+    /// Takes a connected socket and makes it non-blocking.
+    pub fn new(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(BackendEndpoint {
+            socket,
+            frames: FrameReader::new(Direction::Requests),
+            output: Output::default(),
+            offered: ProtocolFeatures::empty(),
+            negotiated: ProtocolFeatures::empty(),
+            next_ticket: 0,
+            owed: None,
+        })
+    }
+
+    /// The next request. `None`: it has not arrived completely.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a request to refuse, after which the next one can be received; [`Error::ReplyOwed`] while
+    /// the last request waits for a reply that the front-end is going to wait for; all others end the connection.
+    pub fn receive(&mut self) -> Result<Option<Received>, Error> {
+        if let Some((_, code)) = self.owed {
+            return Err(Error::ReplyOwed { code });
+        }
+        let Some(frame) = self.frames.read(self.socket.as_fd())? else { return Ok(None) };
+        let code = frame.header.request;
+        let ticket = self.ticket(&frame);
+        // Asked for by SET_PROTOCOL_FEATURES itself, a reply may be owed by what that negotiates.
+        let may_owe = match FrontendCode::from_code(code) {
+            Some(FrontendCode::SetProtocolFeatures) => ticket.need_reply,
+            _ => ticket.owes_reply(self.negotiated),
+        };
+        if may_owe {
+            self.owed = Some((ticket.id, code));
+        }
+        match self.understand(frame) {
+            Ok(request) => Ok(Some(Received { request, ticket })),
+            Err(reason) => Err(Error::Invalid { code, reason, ticket }),
+        }
+    }
+
+    /// Answers a request: sends a reply if the request has one of its own, or an acknowledgement if the front-end asked
+    /// for one and [`REPLY_ACK`](ProtocolFeatures::REPLY_ACK) is negotiated by now, or nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::CannotFail`]: close the connection. [`Error::WrongAnswer`]: the caller's mistake. Others are of sending
+    /// and end the connection.
+    pub fn reply(&mut self, ticket: ReplyTicket, answer: Answer) -> Result<(), Error> {
+        let message = ticket.message(&answer, self.negotiated)?;
+        if let (Some(FrontendCode::GetProtocolFeatures), Answer::U64(bits)) =
+            (FrontendCode::from_code(ticket.code), &answer)
+        {
+            self.offered = ProtocolFeatures::from_bits_retain(*bits);
+        }
+        if self.owed.is_some_and(|(id, _)| id == ticket.id) {
+            self.owed = None;
+        }
+        let Some(bytes) = message else { return Ok(()) };
+        // A reply that is lost would make the front-end take the next one for it.
+        self.output.push(bytes, Vec::new()).inspect_err(|_| self.frames.poison())?;
+        self.flush()
+    }
+
+    /// Whether the last request waits for a reply that the front-end is going to wait for. Until then
+    /// [`receive`](Self::receive) hands out nothing, so there is no use in watching for reading.
+    pub fn reply_owed(&self) -> bool {
+        self.owed.is_some()
+    }
+
+    /// Says which protocol features hold from now on: those that the front-end set and the host accepted. Which
+    /// requests are legal, and whether acknowledgements are sent, depends on it.
+    pub fn set_protocol_features(&mut self, negotiated: ProtocolFeatures) {
+        self.negotiated = negotiated;
+    }
+
+    /// The protocol features that hold.
+    pub fn protocol_features(&self) -> ProtocolFeatures {
+        self.negotiated
+    }
+
+    /// Whether replies wait for the socket to become writable.
+    pub fn wants_write(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Sends what the socket takes.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.output.flush(self.socket.as_fd()).inspect_err(|_| self.frames.poison()).map(|_| ())
+    }
+
+    fn understand(&self, frame: Frame) -> Result<FrontendRequest, Reason> {
+        let code = FrontendCode::from_code(frame.header.request).ok_or(Reason::Unknown)?;
+        let rule = rule(code);
+        if rule.body == Body::Untyped {
+            return Err(Reason::Unsupported);
+        }
+        let (allowed, feature) = match rule.gate {
+            Gate::Always => (true, ProtocolFeatures::empty()),
+            Gate::Negotiated(feature) => (self.negotiated.contains(feature), feature),
+            Gate::Offered(feature) => ((self.offered | self.negotiated).contains(feature), feature),
+        };
+        if !allowed {
+            return Err(Reason::NotNegotiated(feature));
+        }
+        FrontendRequest::parse(code, rule, frame)
+    }
+
+    fn ticket(&mut self, frame: &Frame) -> ReplyTicket {
+        let id = self.next_ticket;
+        self.next_ticket = id.wrapping_add(1);
+        let kind =
+            FrontendCode::from_code(frame.header.request).map_or(ReplyKind::Ack, |code| rule(code).reply);
+        // Of a payload that turns out to be wrong nothing is repeated, because only a failure can be answered.
+        let config = match kind {
+            ReplyKind::Config => ConfigHeader::read_from_prefix(&frame.body).map(|(config, _)| config),
+            _ => Ok(ConfigHeader::default()),
+        };
+        let state = match kind {
+            ReplyKind::VringState => VringState::read_from_prefix(&frame.body).map(|(state, _)| state),
+            _ => Ok(VringState::default()),
+        };
+        ReplyTicket {
+            id,
+            code: frame.header.request,
+            kind,
+            need_reply: frame.header.needs_reply(),
+            config: config.unwrap_or_default(),
+            index: state.unwrap_or_default().index,
+        }
+    }
+}
+
+impl AsFd for BackendEndpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,115 @@
+//! The front-end's side of the back-end's requests (section "Back-end communication").
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use crate::body::ConfigHeader;
+use crate::deadline::Deadline;
+use crate::frame::{Direction, FrameReader};
+use crate::output::Output;
+use crate::reply::{Answer, ReplyTicket};
+use crate::rules::ReplyKind;
+use crate::{BackendCode, Error, ProtocolFeatures, Reason};
+
+/// Receives the back-end's requests.
+#[derive(Debug)]
+pub struct BackendListener {
+    socket: UnixStream,
+    frames: FrameReader,
+    output: Output,
+    negotiated: ProtocolFeatures,
+}
+
+/// A request of the back-end (section "Back-end message types").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BackendRequest {
+    /// The configuration space has changed.
+    ConfigChange,
+}
+
+/// A request of the back-end and what to answer it with.
+#[derive(Debug)]
+pub struct BackendReceived {
+    /// The request.
+    pub request: BackendRequest,
+    /// To be given to [`BackendListener::reply`].
+    pub ticket: ReplyTicket,
+}
+
+impl BackendListener {
+    /// A listener, and the other end of its socket for
+    /// [`set_backend_req_fd`](crate::FrontendEndpoint::set_backend_req_fd).
+    pub fn pair(negotiated: ProtocolFeatures) -> Result<(BackendListener, OwnedFd), Error> {
+        let (socket, other) = UnixStream::pair()?;
+        let frames = FrameReader::new(Direction::Requests);
+        Ok((BackendListener { socket, frames, output: Output::default(), negotiated }, other.into()))
+    }
+
+    /// The next request, without waiting for it. `None`: it has not arrived completely.
+    ///
+    /// # Errors
+    ///
+    /// As [`BackendEndpoint::receive`](crate::BackendEndpoint::receive).
+    pub fn receive(&mut self) -> Result<Option<BackendReceived>, Error> {
+        let Some(frame) = self.frames.read(self.socket.as_fd())? else { return Ok(None) };
+        let code = frame.header.request;
+        let ticket = ReplyTicket {
+            id: 0,
+            code,
+            kind: ReplyKind::Ack,
+            need_reply: frame.header.needs_reply(),
+            config: ConfigHeader::default(),
+            index: 0,
+        };
+        let refusal = match BackendCode::from_code(code) {
+            _ if frame.fd_fault.is_some() => frame.fd_fault,
+            Some(BackendCode::ConfigChangeMsg) if !self.negotiated.contains(ProtocolFeatures::CONFIG) => {
+                Some(Reason::NotNegotiated(ProtocolFeatures::CONFIG))
+            }
+            Some(BackendCode::ConfigChangeMsg) if !frame.body.is_empty() => {
+                Some(Reason::BodySize { expected: 0, got: frame.body.len() })
+            }
+            Some(BackendCode::ConfigChangeMsg) if !frame.fds.is_empty() => {
+                Some(Reason::FdCount { expected: 0, got: frame.fds.len() })
+            }
+            Some(BackendCode::ConfigChangeMsg) => None,
+            Some(_) => Some(Reason::Unsupported),
+            None => Some(Reason::Unknown),
+        };
+        match refusal {
+            None => Ok(Some(BackendReceived { request: BackendRequest::ConfigChange, ticket })),
+            Some(reason) => Err(Error::Invalid { code, reason, ticket }),
+        }
+    }
+
+    /// The next request, waiting for it at most `timeout`. `None`: the time is over.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<BackendReceived>, Error> {
+        let deadline = Deadline::after(timeout);
+        loop {
+            if let Some(received) = self.receive()? {
+                return Ok(Some(received));
+            }
+            match deadline.readable(self.socket.as_fd()) {
+                Err(Error::TimedOut) => return Ok(None),
+                other => other?,
+            }
+        }
+    }
+
+    /// Acknowledges a request, if the back-end asked for it and [`REPLY_ACK`](ProtocolFeatures::REPLY_ACK) is
+    /// negotiated.
+    pub fn reply(&mut self, ticket: ReplyTicket, answer: Answer) -> Result<(), Error> {
+        if let Some(bytes) = ticket.message(&answer, self.negotiated)? {
+            self.output.push(bytes, Vec::new())?;
+        }
+        self.output.flush(self.socket.as_fd()).map(|_| ())
+    }
+}
+
+impl AsFd for BackendListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

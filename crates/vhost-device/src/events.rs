@@ -1,0 +1,54 @@
+//! What lanes tell the main thread: kept until a connection can pass it on, never more than a few of a kind.
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Wake;
+
+use vm_virtio::{HostEvent, HostEvents};
+
+use crate::task::TaskWaker;
+
+/// Events kept until they are looked at. More than this at once say nothing new.
+const KEPT: usize = 64;
+
+/// The events of one guest's device.
+pub(crate) struct Events {
+    config_changed: AtomicBool,
+    others: Mutex<Vec<HostEvent>>,
+    waker: Arc<TaskWaker>,
+}
+
+impl Events {
+    pub(crate) fn new(waker: Arc<TaskWaker>) -> Arc<Events> {
+        Arc::new(Events { config_changed: AtomicBool::new(false), others: Mutex::default(), waker })
+    }
+
+    /// Whether the configuration space changed since it was last said to the front-end.
+    pub(crate) fn config_changed(&self) -> bool {
+        self.config_changed.load(Ordering::SeqCst)
+    }
+
+    /// The front-end knows, or will read all of it anyway.
+    pub(crate) fn config_told(&self) {
+        self.config_changed.store(false, Ordering::SeqCst);
+    }
+
+    /// Faults since the last call.
+    pub(crate) fn take(&self) -> Vec<HostEvent> {
+        std::mem::take(&mut self.others.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl HostEvents for Events {
+    fn event(&self, event: HostEvent) {
+        match event {
+            HostEvent::ConfigChanged => self.config_changed.store(true, Ordering::SeqCst),
+            other => {
+                let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+                if others.len() < KEPT {
+                    others.push(other);
+                }
+            }
+        }
+        self.waker.wake_by_ref();
+    }
+}

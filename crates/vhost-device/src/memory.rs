@@ -1,0 +1,216 @@
+//! The memory table of a connection: which file shows which guest addresses, and under which addresses the front-end
+//! itself knows them (vhost-user, "Memory access").
+//!
+//! A table is changed by making the next one and taking it only if every step of that worked, so a refused message
+//! leaves the old table as it was. Regions that stay are not mapped again.
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use vhost_user::MemoryRegion;
+use vm_virtio::{GuestAddress, GuestRam};
+
+use crate::mapping::{self, MapError, MappedRegion};
+
+/// Memory slots that a front-end may use: what the Linux kernel gives a VM, less its own three.
+pub const MEMORY_SLOTS: usize = 509;
+
+/// A memory table that is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    /// More than were promised.
+    #[error("more than {MEMORY_SLOTS} memory regions")]
+    TooMany,
+    /// Addresses wrap around.
+    #[error("the memory region of {size:#x} bytes at guest {guest:#x}, user {user:#x} passes the last address")]
+    PastTheEnd { guest: u64, user: u64, size: u64 },
+    /// Two regions claim an address: a bug of the front-end ("Memory region description").
+    #[error("the memory region at guest {guest:#x}, user {user:#x} overlaps another")]
+    Overlap { guest: u64, user: u64 },
+    /// Asked to remove what is not there.
+    #[error("there is no memory region of {size:#x} bytes at guest {guest:#x}, user {user:#x}")]
+    Unknown { guest: u64, user: u64, size: u64 },
+    /// The file cannot be mapped.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The core refuses the regions.
+    #[error("the memory regions are no memory map: {0}")]
+    Ram(#[from] vm_virtio::memory::RamError),
+}
+
+#[derive(Clone)]
+struct Region {
+    guest: u64,
+    user: u64,
+    size: u64,
+    mapped: Arc<MappedRegion>,
+}
+
+fn overlap(a: u64, b: u64, a_size: u64, b_size: u64) -> bool {
+    // Neither range wraps: that is checked when a region is added.
+    a < b + b_size && b < a + a_size
+}
+
+/// The regions of a connection and the snapshot that devices see.
+#[derive(Clone)]
+pub(crate) struct MemoryTable {
+    /// By user address, for translation.
+    regions: Vec<Region>,
+    ram: GuestRam,
+}
+
+impl MemoryTable {
+    /// No memory at all.
+    pub(crate) fn empty() -> MemoryTable {
+        MemoryTable { regions: Vec::new(), ram: GuestRam::empty() }
+    }
+
+    /// What devices see.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// SET_MEM_TABLE: these regions instead of all others.
+    pub(crate) fn replace(table: Vec<(MemoryRegion, OwnedFd)>) -> Result<MemoryTable, MemoryError> {
+        let mut regions = Vec::with_capacity(table.len());
+        for (region, fd) in &table {
+            insert(&mut regions, region, fd)?;
+        }
+        MemoryTable::of(regions)
+    }
+
+    /// ADD_MEM_REG.
+    pub(crate) fn with(&self, region: &MemoryRegion, fd: &OwnedFd) -> Result<MemoryTable, MemoryError> {
+        let mut regions = self.regions.clone();
+        insert(&mut regions, region, fd)?;
+        MemoryTable::of(regions)
+    }
+
+    /// REM_MEM_REG: the region is named by both addresses and its size; the offset does not matter.
+    pub(crate) fn without(&self, region: &MemoryRegion) -> Result<MemoryTable, MemoryError> {
+        let (guest, user, size) = (region.guest_addr, region.user_addr, region.size);
+        let mut regions = self.regions.clone();
+        let same = |known: &Region| known.guest == guest && known.user == user && known.size == size;
+        let at = regions.iter().position(same).ok_or(MemoryError::Unknown { guest, user, size })?;
+        regions.remove(at);
+        MemoryTable::of(regions)
+    }
+
+    fn of(regions: Vec<Region>) -> Result<MemoryTable, MemoryError> {
+        let ram = GuestRam::from_regions(regions.iter().map(|region| region.mapped.clone()))?;
+        Ok(MemoryTable { regions, ram })
+    }
+
+    /// The guest address of `len` bytes that the front-end knows at `user`, all in one region.
+    pub(crate) fn translate(&self, user: u64, len: u64) -> Option<GuestAddress> {
+        let after = self.regions.partition_point(|region| region.user <= user);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let offset = user - region.user;
+        let fits = offset.checked_add(len).is_some_and(|end| end <= region.size);
+        fits.then(|| GuestAddress(region.guest + offset))
+    }
+}
+
+/// Checks and maps one region and puts it at its place.
+fn insert(regions: &mut Vec<Region>, new: &MemoryRegion, fd: &OwnedFd) -> Result<(), MemoryError> {
+    let (guest, user, size) = (new.guest_addr, new.user_addr, new.size);
+    if regions.len() >= MEMORY_SLOTS {
+        return Err(MemoryError::TooMany);
+    }
+    if guest.checked_add(size).is_none() || user.checked_add(size).is_none() {
+        return Err(MemoryError::PastTheEnd { guest, user, size });
+    }
+    let taken = |known: &Region| {
+        overlap(known.guest, guest, known.size, size) || overlap(known.user, user, known.size, size)
+    };
+    if regions.iter().any(taken) {
+        return Err(MemoryError::Overlap { guest, user });
+    }
+    let mapped = Arc::new(mapping::map(fd.as_fd(), new.mmap_offset, size, GuestAddress(guest))?);
+    let at = regions.partition_point(|known| known.user < user);
+    regions.insert(at, Region { guest, user, size, mapped });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+
+    fn file() -> OwnedFd {
+        let fd = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 1 << 20).unwrap();
+        fd
+    }
+
+    fn region(guest_addr: u64, user_addr: u64, size: u64, mmap_offset: u64) -> MemoryRegion {
+        MemoryRegion { guest_addr, size, user_addr, mmap_offset }
+    }
+
+    #[test]
+    fn user_addresses_translate_within_one_region() {
+        let table = MemoryTable::replace(vec![
+            (region(0x10_0000, 0x7000_0000, 0x2000, 0x2000), file()),
+            (region(0, 0x5000_0000, 0x1000, 0), file()),
+        ])
+        .unwrap();
+        assert_eq!(table.translate(0x5000_0000, 0x1000), Some(GuestAddress(0)));
+        assert_eq!(table.translate(0x5000_0010, 0x10), Some(GuestAddress(0x10)));
+        assert_eq!(table.translate(0x7000_1fff, 1), Some(GuestAddress(0x10_1fff)));
+        for (user, len) in [(0x5000_0000, 0x1001), (0x4fff_ffff, 1), (0x7000_2000, 1), (u64::MAX, 2), (0, 1)] {
+            assert_eq!(table.translate(user, len), None, "{user:#x}");
+        }
+        assert_eq!(MemoryTable::empty().translate(0, 0), None);
+    }
+
+    #[test]
+    fn overlapping_regions_are_refused_and_the_old_table_stays() {
+        let table = MemoryTable::replace(vec![(region(0x1000, 0x9000, 0x1000, 0), file())]).unwrap();
+        for bad in [
+            region(0x1fff, 0x1_0000, 0x1000, 0),
+            region(0x8000, 0x9fff, 0x1000, 0),
+            region(0, 0x1_0000, 0x1001, 0),
+            region(0x1000, 0x9000, 0x1000, 0),
+        ] {
+            assert!(matches!(table.with(&bad, &file()), Err(MemoryError::Overlap { .. })), "{bad:?}");
+        }
+        assert_eq!(table.translate(0x9000, 1), Some(GuestAddress(0x1000)));
+        let next = table.with(&region(0x2000, 0xa000, 0x1000, 0), &file()).unwrap();
+        assert_eq!(next.ram().region_count(), 2);
+        assert_eq!(table.ram().region_count(), 1);
+    }
+
+    #[test]
+    fn regions_that_pass_the_last_address_or_their_file_are_refused() {
+        let table = MemoryTable::empty();
+        let past = |region| matches!(table.with(&region, &file()), Err(MemoryError::PastTheEnd { .. }));
+        assert!(past(region(u64::MAX, 0, 2, 0)));
+        assert!(past(region(0, u64::MAX - 1, 2, 0)));
+        for bad in [region(0, 0, 0, 0), region(0, 0, (1 << 20) + 1, 0), region(0, 0, 0x1000, 1 << 20)] {
+            assert!(matches!(table.with(&bad, &file()), Err(MemoryError::Map(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_region_is_removed_by_addresses_and_size() {
+        let table = MemoryTable::replace(vec![(region(0x1000, 0x9000, 0x1000, 0x3000), file())]).unwrap();
+        for wrong in [region(0, 0x9000, 0x1000, 0x3000), region(0x1000, 0, 0x1000, 0), region(0x1000, 0x9000, 1, 0)] {
+            assert!(matches!(table.without(&wrong), Err(MemoryError::Unknown { .. })));
+        }
+        let empty = table.without(&region(0x1000, 0x9000, 0x1000, 0)).unwrap();
+        assert_eq!(empty.ram().region_count(), 0);
+    }
+
+    #[test]
+    fn peers_all_daemons_more_than_eight_memory_regions() {
+        let fd = file();
+        let mut table = MemoryTable::empty();
+        let slot = |i: u64| region(i * 0x1_0000, 0x7f00_0000_0000 + i * 0x1_0000, 0x1000, i % 256 * 0x1000);
+        for i in 0..MEMORY_SLOTS as u64 {
+            table = table.with(&slot(i), &fd).unwrap();
+        }
+        assert!(matches!(table.with(&slot(509), &fd), Err(MemoryError::TooMany)));
+        assert_eq!(table.translate(0x7f00_0000_0000 + 508 * 0x1_0000 + 8, 8), Some(GuestAddress(508 * 0x1_0000 + 8)));
+        assert_eq!(table.ram().region_count(), MEMORY_SLOTS);
+    }
+}

@@ -1,0 +1,1 @@
+//! Look-ups against a linear search, borders, and copies.

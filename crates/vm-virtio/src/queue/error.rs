@@ -1,0 +1,118 @@
+//! What is wrong with a queue: a configuration that cannot be taken, or a rule of the ring that the driver broke.
+use std::fmt;
+
+use super::MAX_CHAIN_BYTES;
+
+/// One of the three areas of a virtqueue (2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueArea {
+    /// Descriptor table or descriptor ring.
+    Descriptor,
+    /// Available ring or driver event suppression.
+    Driver,
+    /// Used ring or device event suppression.
+    Device,
+}
+
+impl fmt::Display for QueueArea {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            QueueArea::Descriptor => "descriptor area",
+            QueueArea::Driver => "driver area",
+            QueueArea::Device => "device area",
+        })
+    }
+}
+
+/// Why a queue was not made, or takes no more buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueError {
+    // Configuration and state: answers of `Queue::new` and `Queue::set_ram`.
+    /// Split rings have a power of two of entries, up to 32768 (2.7); packed rings any number up to it (2.8).
+    #[error("a queue cannot have {0} entries")]
+    Size(u16),
+    /// An area is not aligned as 2.7 and 2.8.10.1 demand.
+    #[error("the {area} at {addr:#x} is misaligned")]
+    Misaligned {
+        /// Which area.
+        area: QueueArea,
+        /// Its guest address.
+        addr: u64,
+    },
+    /// An area is not, or not as one piece, in guest memory.
+    #[error("the {area} of {len} bytes at {addr:#x} is not in one piece of guest memory")]
+    AreaUnmapped {
+        /// Which area.
+        area: QueueArea,
+        /// Its guest address.
+        addr: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The state to begin with contradicts itself or the queue.
+    #[error("the queue's state is not valid: {0}")]
+    State(&'static str),
+
+    // Violations: latched as faults.
+    /// The available index is further ahead than the ring has entries (2.7.13.3).
+    #[error("available index {idx} is too far ahead of {next}")]
+    AvailIndex {
+        /// The index that the driver wrote.
+        idx: u16,
+        /// The index that the device is at.
+        next: u16,
+    },
+    /// The available ring names a descriptor that does not exist (2.7.6).
+    #[error("available ring names descriptor {0}, which does not exist")]
+    Head(u16),
+    /// A descriptor's next is beyond its table (2.7.5).
+    #[error("descriptor chain continues at {0}, beyond its table")]
+    Next(u16),
+    /// More elements than the queue has entries, or a loop (2.7.5.2, 2.7.5.3.1, 2.8.17).
+    #[error("descriptor chain is longer than the queue, or a loop")]
+    ChainTooLong,
+    /// More than 2^32 bytes in one chain (2.7.5.2).
+    #[error("descriptor chain has {0} bytes, more than {MAX_CHAIN_BYTES}")]
+    ChainTooLarge(u64),
+    /// A device-readable element behind a device-writable one (2.7.4.2, 2.8.17).
+    #[error("device-readable element behind a device-writable one")]
+    ReadableAfterWritable,
+    /// An indirect descriptor, but the feature was not negotiated (2.7.5.3.1, 2.8.19).
+    #[error("indirect descriptor without the feature")]
+    IndirectNotNegotiated,
+    /// An indirect descriptor within an indirect table (2.7.5.3.1).
+    #[error("indirect descriptor within an indirect table")]
+    NestedIndirect,
+    /// An indirect descriptor with a next one (2.7.5.3.1, 2.8.19), or in a packed list of direct ones (2.8.5).
+    #[error("indirect descriptor in a list of others")]
+    IndirectInList,
+    /// The length of an indirect table is 0 or no multiple of 16 (2.7.5.3, 2.8.7).
+    #[error("indirect table of {0} bytes")]
+    IndirectLength(u32),
+    /// A buffer or an indirect table is not in guest memory.
+    #[error("no guest memory for {len} bytes at {addr:#x}")]
+    Unmapped {
+        /// First guest address.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// More buffers or descriptors made available than the ring has, with none used in between.
+    #[error("more buffers made available than the queue has entries")]
+    TooManyOutstanding,
+    /// A list of the packed ring goes on with a descriptor that is not available (2.8.6, 2.8.15).
+    #[error("descriptor list goes on at {0}, which is not available")]
+    NotAvailable(u16),
+    /// The chains that are out together have more elements than this implementation keeps (2.7.4.1 allows a limit).
+    #[error("too many elements in the chains that are out")]
+    OutOfSegments,
+}
+
+impl From<crate::MemFault> for QueueError {
+    fn from(fault: crate::MemFault) -> Self {
+        match fault {
+            crate::MemFault::Unmapped { addr, len } => QueueError::Unmapped { addr, len },
+        }
+    }
+}

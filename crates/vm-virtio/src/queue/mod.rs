@@ -1,0 +1,587 @@
+//! Virtqueues (virtio 1.4, sections 2.6 to 2.8): split and packed behind one type.
+//!
+//! A [`QueueConfig`] may change; [`Queue::new`] makes a [`Queue`] of it, whose addresses and size do not. The lane
+//! runtime opens, arms, publishes and budgets; a device pops chains, reads and writes them, and completes them.
+//!
+//! What holds:
+//! * Nothing that the driver writes is believed: each index, length and address is checked where it is used, and each
+//!   descriptor is read once. The first violation is latched as a fault: nothing is popped any more, chains that are
+//!   out can still be completed (failure policy: a ring violation stops its queue and nothing else).
+//! * Not popping does not mean not completing: a closed, faulted or budgeted queue takes completions.
+//! * Nothing is allocated and no lock is taken per request; rings are resolved to pointers once.
+//!
+//! | file | what for |
+//! |---|---|
+//! | `split.rs`, `packed.rs` | the two layouts: positions, pop, used, notifications |
+//! | `ring_mem.rs` | ring accessors: the unsafe part of both |
+//! | `gather.rs`, `indirect.rs` | one chain while it is popped |
+//! | `arena.rs`, `segment_pool.rs`, `chain.rs` | popped chains and their handles |
+//! | `in_order.rs` | completions that are held back |
+//! | `rw.rs` | reading and writing a chain's bytes |
+//! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
+mod arena;
+mod chain;
+mod config;
+mod error;
+mod gather;
+mod in_order;
+mod indirect;
+mod packed;
+mod restore;
+mod ring_mem;
+mod rw;
+mod segment_pool;
+mod split;
+mod state;
+
+#[cfg(test)]
+mod tests;
+
+use crate::Features;
+use crate::memory::{GuestRam, Segment};
+use arena::{Arena, Mark, Slot};
+use gather::Gather;
+use in_order::{InOrder, Run};
+use packed::Packed;
+use split::Split;
+
+pub use chain::{Chain, ChainId};
+pub use config::{MAX_QUEUE_SIZE, QueueConfig};
+pub use error::{QueueArea, QueueError};
+pub use rw::{Reader, ShortChain, Writer};
+pub use state::{HeldChain, QueueState, RingPos};
+
+/// `VIRTQ_DESC_F_NEXT` (2.7.5, 2.8.6).
+const NEXT: u16 = 1;
+/// `VIRTQ_DESC_F_WRITE` (2.7.5, 2.8.3).
+const WRITE: u16 = 2;
+/// `VIRTQ_DESC_F_INDIRECT` (2.7.5, 2.8.7).
+const INDIRECT: u16 = 4;
+
+/// Most bytes of a chain (2.7.5.2).
+pub const MAX_CHAIN_BYTES: u64 = 1 << 32;
+
+/// What of the negotiated features the rings go by.
+#[derive(Clone, Copy)]
+struct Negotiated {
+    indirect: bool,
+    event_idx: bool,
+}
+
+enum Ring {
+    Split(Split),
+    Packed(Packed),
+}
+
+/// What happened on a queue since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueCounters {
+    /// Chains popped; those that were put back do not count.
+    pub popped: u64,
+    /// Chains given back to the driver.
+    pub completed: u64,
+    /// Of those: chains that the device dropped, given back with length 0.
+    pub swept: u64,
+    /// Chains given up without a used entry.
+    pub discarded: u64,
+    /// Completions whose length was more than the chain has room for: errors of the device, cut to the room.
+    pub clamped: u64,
+    /// Chains of other queues that were refused.
+    pub foreign: u64,
+}
+
+/// A virtqueue.
+pub struct Queue {
+    /// How many chains may be popped until somebody looks again: 0 if the queue is closed or faulted.
+    allowance: u32,
+    /// Sequence number of the chain that was popped last.
+    seq: u32,
+    ring: Ring,
+    arena: Arena,
+    in_order: Option<Box<InOrder>>,
+    size: u16,
+    closed: bool,
+    budget: u32,
+    fault: Option<QueueError>,
+    /// Whether the last pop found the ring empty.
+    drained: bool,
+    counters: QueueCounters,
+    config: QueueConfig,
+    /// Chains of the state that the queue began with, not yet adopted.
+    unclaimed: Vec<Chain>,
+}
+
+impl Queue {
+    /// Makes a queue: resolves its areas in guest memory and checks size, alignment and state. `features` are those
+    /// that were negotiated. Without a state it starts as after a reset: index 0, wrap counter 1.
+    ///
+    /// The state may come from anywhere: it is checked as far as it can be, so that a wrong one is an error or does
+    /// harm to its own guest only. Chains it held are to be [adopted](Self::adopt).
+    pub fn new(
+        config: QueueConfig,
+        ram: &GuestRam,
+        features: Features,
+        state: Option<QueueState>,
+    ) -> Result<Queue, QueueError> {
+        let packed = features.contains(Features::RING_PACKED);
+        let negotiated = Negotiated {
+            indirect: features.contains(Features::INDIRECT_DESC),
+            event_idx: features.contains(Features::EVENT_IDX),
+        };
+        let areas = config.resolve(ram, packed)?;
+        let state = state.unwrap_or_default();
+        let ring = if packed {
+            Ring::Packed(Packed::new(&config, &areas, negotiated, &state)?)
+        } else {
+            Ring::Split(Split::new(&config, &areas, negotiated, &state)?)
+        };
+        let in_order = features.contains(Features::IN_ORDER).then(|| Box::new(InOrder::new(config.size)));
+        let mut queue = Queue {
+            allowance: u32::MAX,
+            seq: 0,
+            ring,
+            arena: Arena::new(config.size, ram.clone()),
+            in_order,
+            size: config.size,
+            closed: false,
+            budget: u32::MAX,
+            fault: None,
+            drained: false,
+            counters: QueueCounters::default(),
+            config,
+            unclaimed: Vec::new(),
+        };
+        queue.restore_held(state.held)?;
+        Ok(queue)
+    }
+
+    /// Takes the next buffer that the driver made available. `None` if there is none, the queue is closed, faulted
+    /// (now or before), or out of budget.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.allowance == 0 && !self.renew() {
+            return None;
+        }
+        let Some(slot) = self.arena.peek() else {
+            self.exhausted();
+            return None;
+        };
+        let mut chain = Gather::new(&self.arena, slot, u32::from(self.size));
+        let head = match &mut self.ring {
+            Ring::Split(ring) => ring.pop(&mut chain).map(|head| head.map(|id| (id, 1))),
+            Ring::Packed(ring) => ring.pop(&mut chain),
+        };
+        let shape = match head {
+            Ok(Some((id, descs))) => chain.finish(id, descs),
+            Ok(None) => {
+                self.drained = true;
+                return None;
+            }
+            Err(error) => Err(error),
+        };
+        let shape = match shape {
+            Ok(shape) => shape,
+            Err(error) => {
+                self.latch(error);
+                return None;
+            }
+        };
+        self.seq = self.seq.wrapping_add(1);
+        let chain = self.arena.take(slot, &shape, self.seq);
+        if let Some(in_order) = &mut self.in_order {
+            in_order.order.push_back(self.arena.index_of(slot));
+        }
+        self.drained = false;
+        self.allowance -= 1;
+        self.counters.popped += 1;
+        Some(chain)
+    }
+
+    /// Pops until there is nothing more, or the budget is spent.
+    pub fn iter(&mut self) -> impl Iterator<Item = Chain> {
+        std::iter::from_fn(|| self.pop())
+    }
+
+    /// Gives a buffer back to the driver. `written` is how many bytes of its device-writable part were written, from
+    /// its start on; all of them must have been (2.7.8.2). The driver sees it when the batch is
+    /// [published](Self::publish).
+    ///
+    /// A chain of another queue is refused: it is counted here, and goes back to its own queue as if dropped.
+    #[inline]
+    pub fn add_used(&mut self, chain: Chain, written: u32) {
+        let slot = match self.arena.end(chain) {
+            Ok(slot) => slot,
+            Err(foreign) => return Self::refuse(&mut self.counters, foreign),
+        };
+        let mut written = written;
+        if written > slot.writable_len() {
+            written = slot.writable_len();
+            self.counters.clamped += 1;
+        }
+        self.counters.completed += 1;
+        if self.in_order.is_some() || self.arena.is_old(slot) {
+            let slot = self.arena.index_of(slot);
+            return self.complete_slowly(slot, written);
+        }
+        match &mut self.ring {
+            Ring::Split(ring) => ring.put(slot.id(), written, 1),
+            Ring::Packed(ring) => ring.put(slot.id(), written, slot.descs()),
+        }
+        self.arena.release(slot);
+    }
+
+    /// Gives a chain up without a used entry: the queue is being reset, and the driver takes its buffers back itself.
+    pub fn discard(&mut self, chain: Chain) {
+        let slot = match self.arena.end(chain) {
+            Ok(slot) => slot,
+            Err(foreign) => return Self::refuse(&mut self.counters, foreign),
+        };
+        self.counters.discarded += 1;
+        if self.in_order.is_some() {
+            // Keeps its place: what comes behind it must not be used before it.
+            slot.hold(Mark::Discarded, 0);
+            return;
+        }
+        let slot = self.arena.index_of(slot);
+        self.release(slot);
+    }
+
+    /// Puts the chain that was popped last back, to be popped again; any other one comes back as the error.
+    pub fn unpop(&mut self, chain: Chain) -> Result<(), Chain> {
+        let latest = self.arena.slot(&chain).is_some_and(|slot| slot.seq() == self.seq);
+        if !latest {
+            return Err(chain);
+        }
+        let slot = self.arena.end(chain)?;
+        match &mut self.ring {
+            Ring::Split(ring) => ring.unpop(),
+            Ring::Packed(ring) => ring.unpop(slot.descs()),
+        }
+        let slot = self.arena.index_of(slot);
+        if let Some(in_order) = &mut self.in_order {
+            in_order.order.pop_back();
+        }
+        self.release(slot);
+        self.seq = self.seq.wrapping_sub(1);
+        self.counters.popped = self.counters.popped.saturating_sub(1);
+        if self.allowance > 0 || self.budget_spent() {
+            self.allowance = self.allowance.saturating_add(1);
+        }
+        Ok(())
+    }
+
+    /// Hands out a chain that the state had as held; each once.
+    pub fn adopt(&mut self, id: ChainId) -> Option<Chain> {
+        let at = self.unclaimed.iter().position(|chain| self.id(chain) == Some(id))?;
+        Some(self.unclaimed.swap_remove(at))
+    }
+
+    /// Chains of the state that nobody adopted.
+    pub fn unclaimed(&self) -> usize {
+        self.unclaimed.len()
+    }
+
+    /// Drops the chains that nobody adopted: they go back to the driver with length 0.
+    pub fn drop_unclaimed(&mut self) {
+        self.unclaimed.clear();
+    }
+
+    /// What identifies the chain in a [`QueueState`]; `None` if it is another queue's.
+    pub fn id(&self, chain: &Chain) -> Option<ChainId> {
+        self.arena.slot(chain).map(|slot| ChainId(slot.id()))
+    }
+
+    /// The violation that stopped the queue.
+    pub fn fault(&self) -> Option<&QueueError> {
+        self.fault.as_ref()
+    }
+
+    /// The device-readable segments; none if the chain is another queue's.
+    #[inline]
+    pub fn readable(&self, chain: &Chain) -> &[Segment] {
+        self.arena.slot(chain).map_or(&[], |slot| slot.segments().0)
+    }
+
+    /// The device-writable segments; none if the chain is another queue's.
+    #[inline]
+    pub fn writable(&self, chain: &Chain) -> &[Segment] {
+        self.arena.slot(chain).map_or(&[], |slot| slot.segments().1)
+    }
+
+    /// Reads the device-readable part.
+    #[inline]
+    pub fn reader<'a>(&'a self, chain: &'a Chain) -> Reader<'a> {
+        Reader::new(self.readable(chain))
+    }
+
+    /// Writes the device-writable part.
+    #[inline]
+    pub fn writer<'a>(&'a self, chain: &'a Chain) -> Writer<'a> {
+        Writer::new(self.writable(chain))
+    }
+
+    /// Reads the one and writes the other part.
+    #[inline]
+    pub fn split<'a>(&'a self, chain: &'a Chain) -> (Reader<'a>, Writer<'a>) {
+        (self.reader(chain), self.writer(chain))
+    }
+
+    /// For the lane runtime: makes the completions since the last time visible to the driver, at once. Returns whether
+    /// the driver wants an interrupt for them. Takes back dropped chains first.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        if self.arena.has_dropped() {
+            self.sweep();
+        }
+        if let Some(run) = self.in_order.as_mut().and_then(|in_order| in_order.flush()) {
+            self.put_run(run);
+        }
+        match &mut self.ring {
+            Ring::Split(ring) => ring.publish(),
+            Ring::Packed(ring) => ring.publish(),
+        }
+    }
+
+    /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
+    /// Returns whether there is something to pop: then a kick may not come. Asks for none, and has nothing, while
+    /// closed or faulted.
+    pub fn arm(&mut self) -> bool {
+        if self.closed || self.fault.is_some() {
+            self.disarm();
+            return false;
+        }
+        match &mut self.ring {
+            Ring::Split(ring) => ring.arm(),
+            Ring::Packed(ring) => ring.arm(),
+        }
+    }
+
+    /// For the lane runtime, while it looks by itself: asks the driver for no kicks. It may send some all the same.
+    #[inline]
+    pub fn disarm(&mut self) {
+        match &mut self.ring {
+            Ring::Split(ring) => ring.disarm(),
+            Ring::Packed(ring) => ring.disarm(),
+        }
+    }
+
+    /// Whether the driver has made something available and the queue is neither closed nor faulted; the budget does
+    /// not matter. Cheap: for spinning.
+    #[inline]
+    pub fn has_available(&self) -> bool {
+        !self.closed
+            && self.fault.is_none()
+            && match &self.ring {
+                Ring::Split(ring) => ring.has_available(),
+                Ring::Packed(ring) => ring.has_available(),
+            }
+    }
+
+    /// How many chains may be popped from now on, until this is set again; `u32::MAX`: any number.
+    pub fn set_budget(&mut self, chains: u32) {
+        self.budget = chains;
+        self.allowance = if self.closed || self.fault.is_some() { 0 } else { chains };
+    }
+
+    /// Whether the budget is what keeps [`Self::pop`] from popping.
+    pub fn budget_spent(&self) -> bool {
+        !self.closed && self.fault.is_none() && self.allowance == 0 && self.budget != u32::MAX
+    }
+
+    /// Pops nothing any more; takes completions.
+    pub fn close(&mut self) {
+        self.closed = true;
+        self.allowance = 0;
+    }
+
+    /// Ends [`Self::close`], with a budget as it was set last.
+    pub fn open(&mut self) {
+        self.closed = false;
+        self.set_budget(self.budget);
+    }
+
+    /// Whether the queue is closed.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Whether the last [`Self::pop`] found that the driver had made nothing more available: the device is not the one
+    /// that stopped.
+    pub fn drained(&self) -> bool {
+        self.drained
+    }
+
+    /// Chains that are out: neither completed, discarded, put back nor dropped. Takes back those that were dropped, so
+    /// that there may be something to [publish](Self::publish).
+    pub fn outstanding(&mut self) -> usize {
+        if self.arena.has_dropped() {
+            self.sweep();
+        }
+        self.arena.out() as usize
+    }
+
+    /// Moves to another snapshot of guest memory; chains that are out stay with theirs. If the rings are not in it,
+    /// the queue keeps the one it has and is faulted.
+    pub fn set_ram(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        if self.arena.ram().same_as(ram) {
+            return Ok(());
+        }
+        let areas = match self.config.resolve(ram, self.is_packed()) {
+            Ok(areas) => areas,
+            Err(error) => {
+                self.latch(error);
+                return Err(error);
+            }
+        };
+        match &mut self.ring {
+            Ring::Split(ring) => ring.set_areas(&areas),
+            Ring::Packed(ring) => ring.set_areas(&areas),
+        }
+        self.arena.set_ram(ram.clone());
+        Ok(())
+    }
+
+    /// How many former snapshots are kept for chains that are out.
+    pub fn old_snapshots(&self) -> usize {
+        self.arena.old_snapshots()
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Whether the ring is packed.
+    pub fn is_packed(&self) -> bool {
+        matches!(self.ring, Ring::Packed(_))
+    }
+
+    /// Where the queue is.
+    pub fn config(&self) -> &QueueConfig {
+        &self.config
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> &QueueCounters {
+        &self.counters
+    }
+
+    /// Latches the first violation.
+    #[cold]
+    #[inline(never)]
+    fn latch(&mut self, error: QueueError) {
+        self.fault.get_or_insert(error);
+        self.allowance = 0;
+    }
+
+    /// The allowance is used up: on with it, if there never was a limit.
+    #[cold]
+    fn renew(&mut self) -> bool {
+        let unlimited = !self.closed && self.fault.is_none() && self.budget == u32::MAX;
+        if unlimited {
+            self.allowance = u32::MAX;
+        }
+        unlimited
+    }
+
+    /// As many chains are taken as the queue has entries, and the driver has more available: it reuses what it does
+    /// not own.
+    #[cold]
+    #[inline(never)]
+    fn exhausted(&mut self) {
+        if self.arena.has_dropped() {
+            // One of them may be the device's to lose; it pops again after the next publication.
+            return;
+        }
+        if self.has_available() {
+            self.latch(QueueError::TooManyOutstanding);
+        }
+    }
+
+    #[cold]
+    fn refuse(counters: &mut QueueCounters, foreign: Chain) {
+        counters.foreign += 1;
+        drop(foreign);
+    }
+
+    /// Completes the chain of a slot whose handle has ended.
+    #[inline(never)]
+    fn complete_slowly(&mut self, slot: u32, written: u32) {
+        if self.in_order.is_none() {
+            let Some(at) = self.arena.at(slot) else { return };
+            let run = Run { id: at.id(), written, chains: 1, descs: at.descs() };
+            self.put_run(run);
+            self.release(slot);
+            return;
+        }
+        if let Some(at) = self.arena.at(slot) {
+            at.hold(Mark::Done, written);
+        }
+        // From the oldest chain on, all that are done.
+        while let Some(in_order) = &mut self.in_order
+            && let Some(&first) = in_order.order.front()
+            && let Some(at) = self.arena.at(first)
+            && at.mark() == Mark::Done
+        {
+            in_order.order.pop_front();
+            let filled = at.written() == at.writable_len();
+            let run = in_order.used(at.id(), at.written(), at.descs(), filled);
+            if let Some(run) = run {
+                self.put_run(run);
+            }
+            self.release(first);
+        }
+    }
+
+    fn put_run(&mut self, run: Run) {
+        match &mut self.ring {
+            Ring::Split(ring) => ring.put(run.id, run.written, run.chains),
+            Ring::Packed(ring) => ring.put(run.id, run.written, run.descs),
+        }
+    }
+
+    /// Frees a slot whose handle has ended, and lets its snapshot go if it was the last one of it.
+    fn release(&mut self, slot: u32) {
+        let Some(at) = self.arena.at(slot) else { return };
+        let old = self.arena.is_old(at).then(|| self.arena.epoch_of(at));
+        self.arena.release(at);
+        if let Some(epoch) = old {
+            self.arena.leave_epoch(epoch);
+        }
+    }
+
+    /// Gives back what the device dropped.
+    #[cold]
+    #[inline(never)]
+    fn sweep(&mut self) {
+        let mut next = self.arena.take_dropped();
+        while let Some(slot) = next {
+            let Some(at) = self.arena.at(slot) else { return };
+            next = self.arena.next_dropped(at);
+            self.counters.swept += 1;
+            self.counters.completed += 1;
+            self.complete_slowly(slot, 0);
+        }
+    }
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (avail, used) = self.positions();
+        f.debug_struct("Queue")
+            .field("config", &self.config)
+            .field("packed", &self.is_packed())
+            .field("avail", &avail)
+            .field("used", &used)
+            .field("outstanding", &self.arena.out())
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Slot {
+    /// Whether a state has to tell of it.
+    fn is_held(&self) -> bool {
+        matches!(self.mark(), Mark::Out | Mark::Done)
+    }
+}

@@ -1,0 +1,279 @@
+//! The packed virtqueue (2.8): positions, popping, used descriptors, notifications.
+//!
+//! Memory ordering. A descriptor's flags, length and id are one aligned word, read and written as such, so that each
+//! is seen with the flags that make it valid; the word of a list's head is read with acquire and so orders all that
+//! follows (2.8.21.1.1). Of a batch of used descriptors, the first is the one that the driver polls (2.8.2): the
+//! others are written as they come, and it last, by a swap with sequential consistency, after which the driver's event
+//! structure is read. The driver does the reverse (2.8.22), so that one of both sees the other.
+use super::config::{Areas, QueueConfig};
+use super::error::QueueError;
+use super::gather::Gather;
+use super::indirect;
+use super::ring_mem::{Descs, EventArea};
+use super::state::{QueueState, RingPos};
+use super::{INDIRECT, NEXT, Negotiated, WRITE};
+
+/// `VIRTQ_DESC_F_AVAIL` (2.8.1).
+const AVAIL: u16 = 1 << 7;
+/// `VIRTQ_DESC_F_USED` (2.8.1).
+const USED: u16 = 1 << 15;
+/// Both: what tells whose a descriptor is.
+pub(super) const AVAIL_USED: u16 = AVAIL | USED;
+
+/// `RING_EVENT_FLAGS_ENABLE` (2.8.10), in the structure's high half.
+const EVENT_ENABLE: u32 = 0;
+/// `RING_EVENT_FLAGS_DISABLE`.
+const EVENT_DISABLE: u32 = 1;
+/// `RING_EVENT_FLAGS_DESC`.
+const EVENT_DESC: u32 = 2;
+
+/// An offset in the ring and what flags descriptors have there in this lap.
+#[derive(Clone, Copy)]
+struct Cursor {
+    index: u16,
+    /// AVAIL and USED of an available descriptor: AVAIL as the wrap counter, USED the inverse (2.8.1).
+    pattern: u16,
+}
+
+impl Cursor {
+    fn new(position: RingPos) -> Cursor {
+        Cursor { index: position.index, pattern: if position.wrap { AVAIL } else { USED } }
+    }
+
+    fn position(self) -> RingPos {
+        RingPos { index: self.index, wrap: self.wrap() }
+    }
+
+    #[inline(always)]
+    fn wrap(self) -> bool {
+        self.pattern == AVAIL
+    }
+
+    /// AVAIL and USED of a used descriptor: both as the wrap counter (2.8.1).
+    #[inline(always)]
+    fn used_flags(self) -> u16 {
+        if self.wrap() { AVAIL_USED } else { 0 }
+    }
+
+    #[inline(always)]
+    fn step(&mut self, size: u16) {
+        self.index += 1;
+        if self.index >= size {
+            self.index = 0;
+            self.pattern ^= AVAIL_USED;
+        }
+    }
+
+    /// `count` is at most `size`, which is at most 32768.
+    #[inline(always)]
+    fn advance(&mut self, count: u16, size: u16) {
+        self.index += count;
+        if self.index >= size {
+            self.index -= size;
+            self.pattern ^= AVAIL_USED;
+        }
+    }
+}
+
+pub(super) struct Packed {
+    ring: Descs,
+    driver_event: EventArea,
+    device_event: EventArea,
+    size: u16,
+    negotiated: Negotiated,
+    next_avail: Cursor,
+    next_used: Cursor,
+    /// Where the driver looks, and what it is going to find there: the first used descriptor of the batch.
+    first: (Cursor, u64),
+    /// Descriptors that the batch passes over; 0: there is none.
+    batch: u16,
+    /// Descriptors popped and not published as used: the driver cannot have more than the ring has.
+    in_flight: u16,
+    /// Whether the driver may still believe that kicks are wanted.
+    armed: bool,
+}
+
+impl Packed {
+    pub(super) fn new(
+        config: &QueueConfig,
+        areas: &Areas,
+        negotiated: Negotiated,
+        state: &QueueState,
+    ) -> Result<Packed, QueueError> {
+        let (avail, used, size) = (state.avail, state.used, config.size);
+        if avail.index >= size || used.index >= size {
+            return Err(QueueError::State("a position is outside of the ring"));
+        }
+        // From used to available is at most one lap, and as long as the chains that are held.
+        let ahead = if avail.wrap == used.wrap {
+            avail.index.checked_sub(used.index)
+        } else {
+            avail.index.checked_add(size - used.index).filter(|ahead| *ahead <= size)
+        };
+        let Some(in_flight) = ahead else {
+            return Err(QueueError::State("the available position is behind the used one"));
+        };
+        let held = state.held.iter().map(|chain| u64::from(chain.descs)).sum::<u64>();
+        if held != u64::from(in_flight) || state.held.iter().any(|chain| chain.descs == 0) {
+            return Err(QueueError::State(
+                "the held chains are not those between the used and the available position",
+            ));
+        }
+        let next_used = Cursor::new(used);
+        Ok(Packed {
+            ring: Descs::new(&areas.desc),
+            driver_event: EventArea::new(&areas.driver),
+            device_event: EventArea::new(&areas.device),
+            size,
+            negotiated,
+            next_avail: Cursor::new(avail),
+            next_used,
+            first: (next_used, 0),
+            batch: 0,
+            in_flight,
+            armed: true,
+        })
+    }
+
+    /// The same rings, mapped elsewhere.
+    pub(super) fn set_areas(&mut self, areas: &Areas) {
+        self.ring = Descs::new(&areas.desc);
+        self.driver_event = EventArea::new(&areas.driver);
+        self.device_event = EventArea::new(&areas.device);
+    }
+
+    /// Walks the next list; returns buffer id and number of descriptors. Nothing moves if there is none, or on a
+    /// violation.
+    #[inline(always)]
+    pub(super) fn pop(&mut self, chain: &mut Gather<'_>) -> Result<Option<(u16, u16)>, QueueError> {
+        let mut at = self.next_avail;
+        let Some(Ok(mut desc)) = self.ring.packed(at.index, at.pattern) else { return Ok(None) };
+        let mut descs: u16 = 1;
+        let mut flags = desc.packed_flags();
+        if flags & INDIRECT != 0 {
+            // A list is either direct or one indirect descriptor (2.8.5, 2.8.19); WRITE means nothing on it (2.8.7).
+            if flags & NEXT != 0 {
+                return Err(QueueError::IndirectInList);
+            }
+            if !self.negotiated.indirect {
+                return Err(QueueError::IndirectNotNegotiated);
+            }
+            indirect::packed(chain, desc.addr, desc.len())?;
+        } else {
+            loop {
+                chain.add(desc.addr, desc.len(), flags & WRITE != 0)?;
+                if flags & NEXT == 0 {
+                    break;
+                }
+                at.step(self.size);
+                // Stays below `size`: the chain takes no more elements than that.
+                descs = descs.saturating_add(1);
+                desc = match self.ring.packed(at.index, at.pattern) {
+                    Some(Ok(desc)) => desc,
+                    _ => return Err(QueueError::NotAvailable(at.index)),
+                };
+                flags = desc.packed_flags();
+                if flags & INDIRECT != 0 {
+                    return Err(QueueError::IndirectInList);
+                }
+            }
+        }
+        let in_flight = self.in_flight.saturating_add(descs);
+        if in_flight > self.size {
+            return Err(QueueError::TooManyOutstanding);
+        }
+        self.in_flight = in_flight;
+        at.step(self.size);
+        self.next_avail = at;
+        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
+        Ok(Some((desc.packed_id(), descs)))
+    }
+
+    /// Steps back over the list that was popped last.
+    pub(super) fn unpop(&mut self, descs: u16) {
+        self.in_flight = self.in_flight.saturating_sub(descs);
+        let at = &mut self.next_avail;
+        if let Some(index) = at.index.checked_sub(descs) {
+            at.index = index;
+        } else {
+            at.index = (at.index + self.size).saturating_sub(descs);
+            at.pattern ^= AVAIL_USED;
+        }
+    }
+
+    /// Writes a used descriptor that passes over `descs` descriptors: of one list, or of a batch whose last has this
+    /// id (2.8.8).
+    #[inline(always)]
+    pub(super) fn put(&mut self, id: u16, written: u32, descs: u16) {
+        let at = self.next_used;
+        // WRITE says whether something was written, and only then the length means something (2.8.3, 2.8.4).
+        let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
+        let word = u64::from(written) | (u64::from(id) << 32) | (u64::from(flags) << 48);
+        if self.batch == 0 {
+            self.first = (at, word);
+        } else {
+            self.ring.packed_store(at.index, word);
+        }
+        // Not above `size`: the lists of a batch are in flight until it is published.
+        self.batch = self.batch.saturating_add(descs);
+        self.next_used.advance(descs, self.size);
+    }
+
+    /// Makes the batch visible; whether the driver wants an interrupt for it (2.8.10).
+    #[inline(always)]
+    pub(super) fn publish(&mut self) -> bool {
+        let batch = self.batch;
+        if batch == 0 {
+            return false;
+        }
+        let (start, word) = self.first;
+        self.ring.packed_publish(start.index, word);
+        self.batch = 0;
+        self.in_flight = self.in_flight.saturating_sub(batch);
+        let event = self.driver_event.load();
+        match (event >> 16) & 3 {
+            EVENT_DISABLE => false,
+            EVENT_DESC if self.negotiated.event_idx => {
+                // How far from the batch's start to the descriptor that the driver waits for: within the batch?
+                let offset = event & 0x7fff;
+                let lap = if (event & 0x8000 != 0) == start.wrap() { 0 } else { u32::from(self.size) };
+                let distance = (offset + lap).wrapping_sub(u32::from(start.index));
+                distance < u32::from(batch)
+            }
+            // ENABLE; and what means nothing here (the reserved 3, DESC without the feature) loses no interrupt.
+            _ => true,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn has_available(&self) -> bool {
+        self.ring.packed_is(self.next_avail.index, self.next_avail.pattern)
+    }
+
+    /// Asks for a kick at the next descriptor; whether it is there already.
+    pub(super) fn arm(&mut self) -> bool {
+        self.armed = true;
+        let at = self.next_avail;
+        let event = if self.negotiated.event_idx {
+            (EVENT_DESC << 16) | u32::from(at.index) | (u32::from(at.wrap()) << 15)
+        } else {
+            EVENT_ENABLE << 16
+        };
+        self.device_event.store(event);
+        self.has_available()
+    }
+
+    /// Asks for no kicks.
+    #[inline(always)]
+    pub(super) fn disarm(&mut self) {
+        if self.armed {
+            self.armed = false;
+            self.device_event.store(EVENT_DISABLE << 16);
+        }
+    }
+
+    pub(super) fn positions(&self) -> (RingPos, RingPos) {
+        let used = if self.batch > 0 { self.first.0 } else { self.next_used };
+        (self.next_avail.position(), used.position())
+    }
+}

@@ -1,1 +1,33 @@
-//! The driver side of virtio for tests: split and packed rings in memory and over vhost-user.
+//! The driver side of virtio, for tests of devices and hosts.
+//!
+//! It is an **oracle**: written from the specification alone, sharing no code with `vm-virtio`'s queues, and it checks
+//! everything that a device owes to a driver. What breaks a rule is reported as a [`Violation`] that names the rule.
+//!
+//! | part | what for |
+//! |---|---|
+//! | [`TestRam`] | guest memory behind a memfd, with an allocator and guard bytes |
+//! | [`RingDriver`] | one virtqueue, split or packed: chains of any shape, checks, raw access to break rules |
+//! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
+//! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
+//!
+//! # A device test
+//! ```ignore
+//! let mut host = MemoryHost::builder(MyDevice::new()).layout(RingLayout::Packed).start();
+//! let reply = host.ram().writable(64);
+//! host.ring(0).add(&[host.ram().readable(&request), reply]);
+//! host.kick(0);
+//! host.settle();
+//! let used = host.ring(0).used().expect("an answer");
+//! ```
+
+mod memory_host;
+mod ram;
+pub mod ring;
+mod vhost_user_driver;
+mod violation;
+
+pub use memory_host::{MemoryHost, MemoryHostBuilder};
+pub use ram::{RamRegion, TestRam};
+pub use ring::{Buf, Interrupts, RingDriver, RingFull, RingLayout, Shape, Used};
+pub use vhost_user_driver::{DriverError, VhostUserDriver, VhostUserOptions};
+pub use violation::Violation;

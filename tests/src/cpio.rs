@@ -142,11 +142,11 @@ mod tests {
         archive.file("d/f", 0o644, b"hello").expect("memory");
         let bytes = archive.finish().expect("memory");
         // Three bytes bring an offset of 5 to 8; what follows is a header.
-        assert_eq!(&bytes[..9], b"\0\0\0070701");
+        assert_eq!(&bytes[..9], b"\0\0\x00070701");
         assert_eq!((bytes.len() + 5) % 4, 0);
         let text = String::from_utf8_lossy(&bytes);
         assert!(text.contains("d/f\0"));
-        assert!(text.contains("hello\0\0\0070701"));
+        assert!(text.contains("hello\0\0\x00070701"));
         assert!(text.contains("TRAILER!!!\0"));
     }
 }

@@ -65,10 +65,18 @@ impl Daemon {
     /// # Errors
     /// The binary is not there, or no temporary folder can be made.
     pub fn new(name: &str) -> Result<Self, Failure> {
+        Self::of(name, find(name)?)
+    }
+
+    /// The daemon `name` whose binary is `program`.
+    ///
+    /// # Errors
+    /// No temporary folder can be made.
+    pub fn of(name: &str, program: PathBuf) -> Result<Self, Failure> {
         let scratch = Scratch::new().map_err(Failure::io("make a temporary folder"))?;
         let mut daemon = Self {
             name: name.to_owned(),
-            program: find(name)?,
+            program,
             arguments: Vec::new(),
             scratch,
             running: None,

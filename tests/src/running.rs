@@ -93,8 +93,17 @@ impl Running {
     ///
     /// # Errors
     /// It did not end in time, or without having run the script; with its last lines.
-    pub fn wait(mut self) -> Result<Outcome, Failure> {
+    pub fn wait(self) -> Result<Outcome, Failure> {
+        self.wait_while(|| ())
+    }
+
+    /// Waits for the guest's end, and calls `tick` often meanwhile.
+    ///
+    /// # Errors
+    /// As [`Running::wait`].
+    pub fn wait_while(mut self, mut tick: impl FnMut()) -> Result<Outcome, Failure> {
         loop {
+            tick();
             if let Some(status) = self.qemu.try_wait().map_err(Failure::io("wait for QEMU"))? {
                 let console = self.console();
                 return match guest::exit_code(&console) {

@@ -7,10 +7,15 @@ use std::process::ExitCode;
 use backplane_tests::interrupt;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod command;
+mod demo;
 mod error;
 mod lab;
 mod progress;
+mod tally;
+mod test;
+mod workspace;
 
 use error::Result;
 
@@ -26,6 +31,33 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Boot a Linux guest that reads random bytes from our entropy daemon, and show how it went
+    ///
+    /// Gets the guest lab first if it is not there (see `lab`), and builds the daemon. Succeeds if at most 5 of 1000
+    /// blocks of random bits look odd to rngtest.
+    Demo,
+    /// Build everything and run all tests, those in a guest too
+    ///
+    /// Ends with a summary and the line "N passed, N failed, N skipped".
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+        /// Fail if a test is skipped that is not listed in tests/allowed-skips.txt (so does CI=true)
+        #[arg(long)]
+        deny_skips: bool,
+        /// Leave out the tests that boot a guest
+        #[arg(long)]
+        no_guest: bool,
+    },
+    /// Measure our speed beside that of others
+    Bench {
+        /// What to measure
+        #[arg(value_parser = ["rings"], default_value = "rings")]
+        name: String,
+        /// Arguments for the benchmark itself
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Get what guest tests need: QEMU, a guest kernel, the guest's tools
     ///
     /// Everything is kept in a folder outside the source tree ($XDG_CACHE_HOME/backplane/lab, usually below
@@ -51,7 +83,9 @@ enum Task {
 fn main() -> ExitCode {
     interrupt::catch();
     match run(Arguments::parse().task) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        // What went wrong has been said.
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error}");
             match interrupt::caught() {
@@ -62,14 +96,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task) -> Result<()> {
+fn run(task: Task) -> Result<bool> {
     match task {
+        Task::Demo => demo::run(),
+        Task::Test { filter, deny_skips, no_guest } => {
+            test::run(&test::Options { filter, deny_skips, no_guest })
+        }
+        Task::Bench { name, arguments } => bench::run(&name, &arguments),
         Task::Lab { path: true, .. } => {
             println!("{}", lab::folder()?.display());
-            Ok(())
+            Ok(true)
         }
         Task::Lab { offline, debian_mirror, fresh, .. } => {
-            lab::ensure(&lab::Options { offline, mirror: debian_mirror, fresh }).map(|_| ())
+            lab::ensure(&lab::Options { offline, mirror: debian_mirror, fresh }).map(|_| true)
         }
     }
 }

@@ -14,6 +14,7 @@ const INTERVAL: Duration = Duration::from_secs(20);
 pub(crate) struct Step {
     name: String,
     doing: String,
+    detail: String,
     started: Instant,
     spoke: Instant,
     at: u64,
@@ -63,6 +64,7 @@ impl Step {
         let mut step = Self {
             name: name.to_owned(),
             doing: String::new(),
+            detail: String::new(),
             started: now,
             spoke: now,
             at: 0,
@@ -77,6 +79,7 @@ impl Step {
     /// Goes over to another activity of the same step, whose length is not known (yet).
     pub(crate) fn doing(&mut self, doing: &str) {
         doing.clone_into(&mut self.doing);
+        self.detail.clear();
         self.at = 0;
         self.total = 0;
         self.spoke = Instant::now();
@@ -89,6 +92,14 @@ impl Step {
                 bar.set_message(self.doing.clone());
             }
             None => eprintln!("{}: {}", self.name, self.doing),
+        }
+    }
+
+    /// Shows what exactly is worked on; a log only has it in its lines now and then.
+    pub(crate) fn detail(&mut self, detail: &str) {
+        detail.clone_into(&mut self.detail);
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("{}: {detail}", self.doing));
         }
     }
 
@@ -132,7 +143,8 @@ impl Step {
         } else if self.spoke.elapsed() >= INTERVAL {
             self.spoke = Instant::now();
             let far = match (self.total, self.unit) {
-                (0, _) => String::new(),
+                (0, _) if self.detail.is_empty() => String::new(),
+                (0, _) => format!("{}, ", self.detail),
                 (total, Unit::Bytes) => format!("{} of {} MiB, ", self.at >> 20, total >> 20),
                 (total, Unit::About(what)) => format!("{} of about {total} {what}, ", self.at),
             };

@@ -53,6 +53,8 @@ const TOOLS: [(&str, &[&str]); 18] = [
     ("iputils-ping", &["ping"]),
     ("busybox-static", &["busybox"]),
 ];
+/// Packages with so many libraries that they get an archive of their own, for the tests that want them.
+const SEPARATE: [&str; 1] = ["fio"];
 /// Second names of programs that look at the name they are called by.
 const ALIASES: [(&str, &str); 1] = [("arecord", "aplay")];
 /// Dependencies that only matter on a machine that boots from these packages.
@@ -76,6 +78,8 @@ const UNNEEDED: &[&str] = &[
     "libpython3*",
     "gnuplot*",
 ];
+/// The usual folder of libraries.
+const LIBRARY: &str = "usr/lib/x86_64-linux-gnu";
 /// Folders with libraries beside the usual one.
 const LIBRARIES: [&str; 3] =
     ["usr/lib/x86_64-linux-gnu/sg3-utils", "usr/lib/x86_64-linux-gnu/ceph", "usr/lib"];
@@ -86,7 +90,7 @@ const FUNCTIONS: &str = include_str!("../../lab/lab.sh");
 pub(super) fn part() -> Part {
     let tools: Vec<String> =
         TOOLS.iter().map(|(package, programs)| format!("{package} {}", programs.join(" "))).collect();
-    let mut pieces = vec!["1", apt::SUITE, VSOCK, INIT, FUNCTIONS];
+    let mut pieces = vec!["2", apt::SUITE, VSOCK, INIT, FUNCTIONS];
     pieces.extend(tools.iter().map(String::as_str));
     Part { name: "initramfs", recipe: part::recipe(&pieces), needs: 500 }
 }
@@ -100,7 +104,7 @@ pub(super) fn make(apt: &Apt, out: &Path, work: &Path, step: &mut Step) -> Resul
 
     step.doing("collecting programs and their libraries");
     let root = work.join("root");
-    let (programs, shared) = (root.join("usr/bin"), root.join("usr/lib/x86_64-linux-gnu"));
+    let programs = root.join("usr/bin");
     for folder in [
         "usr/bin",
         "usr/lib/x86_64-linux-gnu",
@@ -129,31 +133,9 @@ pub(super) fn make(apt: &Apt, out: &Path, work: &Path, step: &mut Step) -> Resul
         symlink(target, &path).map_err(|e| Error::file("make", &path, &e))?;
     }
     copy(&libraries::loader(&debian), &root.join("usr/lib64"))?;
-    let mut needed = BTreeSet::new();
-    for (package, names) in TOOLS {
-        for name in names {
-            let program = find(&debian, name).ok_or_else(|| {
-                Error::new(
-                    format!("the package {package} of Debian {} has no program {name}", apt::SUITE),
-                    "it moved or went",
-                )
-                .fix("look where it is now, and change the list in xtask/src/lab/initramfs.rs")
-            })?;
-            if package != "busybox-static" {
-                needed.extend(libraries::of(&debian, &program, &LIBRARIES)?);
-            }
-            let real = fs::canonicalize(&program).map_err(|e| Error::file("find", &program, &e))?;
-            fs::copy(&real, programs.join(name)).map_err(|e| Error::file("copy", &real, &e))?;
-        }
-    }
-    for library in &needed {
-        if !library.starts_with(&debian) {
-            return Err(Error::new(
-                "the guest's tools are not complete",
-                format!("one would use {}", library.display()),
-            ));
-        }
-        copy(library, &shared)?;
+    let mut shared = BTreeSet::new();
+    for (package, names) in TOOLS.iter().filter(|(package, _)| !SEPARATE.contains(package)) {
+        collect(&debian, package, names, &root, &mut shared)?;
     }
     alsa(&debian, &root)?;
     names(&programs)?;
@@ -177,16 +159,67 @@ pub(super) fn make(apt: &Apt, out: &Path, work: &Path, step: &mut Step) -> Resul
     }
 
     step.doing("packing");
-    let archive = out.join("initramfs.cpio");
-    let packed = fs::File::create(&archive)
-        .and_then(|file| cpio::Archive::after(std::io::BufWriter::new(file), 0))
-        .and_then(|mut cpio| cpio.tree(&root).and_then(|()| cpio.finish()));
-    packed.map_err(|e| Error::file("write", &archive, &e))?;
+    pack(&root, &out.join("initramfs.cpio"))?;
+    for (package, names) in TOOLS.iter().filter(|(package, _)| SEPARATE.contains(package)) {
+        let root = work.join(package);
+        for folder in ["usr/bin", LIBRARY] {
+            let path = root.join(folder);
+            fs::create_dir_all(&path).map_err(|e| Error::file("make", &path, &e))?;
+        }
+        collect(&debian, package, names, &root, &mut shared.clone())?;
+        pack(&root, &out.join(format!("{package}.cpio")))?;
+    }
     Ok(format!(
         "{} programs from Debian {}",
         TOOLS.iter().map(|(_, names)| names.len()).sum::<usize>(),
         apt::SUITE
     ))
+}
+
+/// Copies a package's programs, and those of their libraries that are not in `shared` yet, into `root`.
+fn collect(
+    debian: &Path,
+    package: &str,
+    names: &[&str],
+    root: &Path,
+    shared: &mut BTreeSet<PathBuf>,
+) -> Result<()> {
+    for name in names {
+        let program = find(debian, name).ok_or_else(|| {
+            Error::new(
+                format!("the package {package} of Debian {} has no program {name}", apt::SUITE),
+                "it moved, or is gone",
+            )
+            .fix("look where it is now, and change the list in xtask/src/lab/initramfs.rs")
+        })?;
+        let real = fs::canonicalize(&program).map_err(|e| Error::file("find", &program, &e))?;
+        let to = root.join("usr/bin").join(name);
+        fs::copy(&real, &to).map_err(|e| Error::file("copy", &real, &e))?;
+        if package == "busybox-static" {
+            continue;
+        }
+        for library in libraries::of(debian, &program, &LIBRARIES)? {
+            if !library.starts_with(debian) {
+                return Err(Error::new(
+                    format!("the guest's {name} is not complete"),
+                    format!("it would use {} of this machine", library.display()),
+                ));
+            }
+            if !shared.contains(&library) {
+                copy(&library, &root.join(LIBRARY))?;
+                shared.insert(library);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pack(root: &Path, archive: &Path) -> Result<()> {
+    fs::File::create(archive)
+        .and_then(|file| cpio::Archive::after(std::io::BufWriter::new(file), 0))
+        .and_then(|mut cpio| cpio.tree(root).and_then(|()| cpio.finish()))
+        .map(drop)
+        .map_err(|e| Error::file("write", archive, &e))
 }
 
 /// A program in the folders where packages put programs.

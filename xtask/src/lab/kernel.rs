@@ -28,7 +28,7 @@ const ADDED: [(&str, &str); 3] = [
 /// CAN, SPI and RTC over virtio came with it.
 const OLDEST: (u32, u32) = (7, 2);
 /// Files that are compiled, roughly: only the progress bar wants to know.
-const ABOUT_FILES: u64 = 3000;
+const ABOUT_FILES: u64 = 1800;
 
 /// What has to be installed on this machine to build a kernel, and what for.
 pub(super) const HOST_TOOLS: [(&str, &str); 9] = [

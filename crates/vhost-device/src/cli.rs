@@ -66,7 +66,9 @@ pub enum UsageError {
     #[error("{0} and {1} both say where the socket is; give one of them")]
     TwoSockets(&'static str, &'static str),
     /// A count of what?
-    #[error("--socket-count numbers the sockets of --socket-path, which is missing; add it or drop the count")]
+    #[error(
+        "--socket-count numbers the sockets of --socket-path, which is missing; add it or drop the count"
+    )]
     CountWithoutPath,
     /// Zero guests, or more than one process should serve.
     #[error("--socket-count {0} is not between 1 and {MAX_GUESTS}; use a number in that range")]
@@ -153,6 +155,14 @@ pub(crate) struct Plan {
 }
 
 impl CommonArgs {
+    /// How many guests this command line asks for, for devices that divide something among them: the sockets of
+    /// `--socket-count` or `--fd`, or those of socket activation. 1 if it will be refused.
+    pub fn guest_count(&self) -> u32 {
+        let activated = || Environment::of_process().activated().ok().flatten();
+        let fds = u32::try_from(self.fds.len()).ok().filter(|count| *count > 0);
+        self.socket_count.filter(|count| *count > 0).or(fds).or_else(activated).unwrap_or(1)
+    }
+
     /// Checks everything and takes the inherited descriptors. Nothing is created.
     pub(crate) fn plan(&self, environment: &Environment) -> Result<Plan, UsageError> {
         let without = self.without()?;
@@ -185,7 +195,8 @@ impl CommonArgs {
         }
         endpoints.extend(inherit::sockets(&self.fds).map_err(UsageError::Fd)?);
         if let Some(count) = activated {
-            endpoints.extend(inherit::sockets(&inherit::activation_fds(count)).map_err(UsageError::ListenFds)?);
+            endpoints
+                .extend(inherit::sockets(&inherit::activation_fds(count)).map_err(UsageError::ListenFds)?);
         }
         let ready_fd = self.ready_fd.map(inherit::ready_fd).transpose().map_err(UsageError::ReadyFd)?;
         Ok(Plan { endpoints, ready_fd, without, spin: Duration::from_micros(self.poll_us.into()) })
@@ -212,8 +223,7 @@ impl CommonArgs {
     fn without(&self) -> Result<Features, UsageError> {
         let mut withheld = Features::empty();
         for name in &self.without {
-            let feature =
-                Features::by_name(name).ok_or_else(|| UsageError::UnknownFeature(name.clone()))?;
+            let feature = Features::by_name(name).ok_or_else(|| UsageError::UnknownFeature(name.clone()))?;
             if feature == Features::VERSION_1 {
                 return Err(UsageError::Required);
             }
@@ -309,6 +319,15 @@ mod tests {
     }
 
     #[test]
+    fn guests_are_counted() {
+        for (line, count) in
+            [("", 1), ("-s /a", 1), ("-s /a -c 3", 3), ("-s /a -c 0", 1), ("--fd 3 --fd 4", 2)]
+        {
+            assert_eq!(parse(line).guest_count(), count, "{line}");
+        }
+    }
+
+    #[test]
     fn one_bad_path_of_many_refuses_all() {
         let dir = TempDir::new();
         std::fs::write(dir.path().join("s2"), "precious").unwrap();
@@ -345,7 +364,8 @@ mod tests {
 
     #[test]
     fn features_to_withhold() {
-        let args = CommonArgs { without: vec!["ring_packed".into(), "event_idx".into()], ..Default::default() };
+        let args =
+            CommonArgs { without: vec!["ring_packed".into(), "event_idx".into()], ..Default::default() };
         assert_eq!(args.without().unwrap(), Features::RING_PACKED | Features::EVENT_IDX);
         let text = refusal("-s /tmp/x --without ring_packed,warp_drive");
         assert!(text.contains("warp_drive") && text.contains("indirect_desc, event_idx"), "{text}");

@@ -25,7 +25,9 @@ pub enum FdError {
     #[error("{0} is not a descriptor number; pass a number from 3 up")]
     Negative(RawFd),
     /// Nothing was passed under that number.
-    #[error("descriptor {0} is not open; let the parent pass it without close-on-exec (in a shell: `{0}<>file`)")]
+    #[error(
+        "descriptor {0} is not open; let the parent pass it without close-on-exec (in a shell: `{0}<>file`)"
+    )]
     NotOpen(RawFd),
     /// The number belongs to this process itself, or was named twice.
     #[error("descriptor {0} was not inherited or is already in use; name each passed descriptor once")]
@@ -34,10 +36,14 @@ pub enum FdError {
     #[error("descriptor {0} is not a socket; pass a connected or listening Unix stream socket")]
     NotSocket(RawFd),
     /// A socket that vhost-user cannot run over.
-    #[error("descriptor {0} is not a Unix stream socket, and only those can carry descriptors; pass one of those")]
+    #[error(
+        "descriptor {0} is not a Unix stream socket, and only those can carry descriptors; pass one of those"
+    )]
     NotUnixStream(RawFd),
     /// Neither connected nor listening.
-    #[error("socket {0} is neither connected nor listening; connect it, or call listen() on it, before passing it")]
+    #[error(
+        "socket {0} is neither connected nor listening; connect it, or call listen() on it, before passing it"
+    )]
     Idle(RawFd),
     /// Not open for writing.
     #[error("descriptor {0} is not open for writing; pass the writing end")]

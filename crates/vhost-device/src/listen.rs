@@ -144,7 +144,8 @@ fn occupied(path: &Path) -> Result<bool, ListenError> {
 fn is_live(path: &Path) -> Result<bool, ListenError> {
     let fail = |errno: Errno| ListenError::system("probe", path, errno);
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
+    let probe =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
     let address = SocketAddrUnix::new(path).map_err(fail)?;
     match rustix::net::connect(&probe, &address) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
@@ -157,6 +158,7 @@ fn is_live(path: &Path) -> Result<bool, ListenError> {
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: UnixListener,
+    #[expect(dead_code, reason = "held for its drop")]
     file: Option<SocketFile>,
 }
 
@@ -230,11 +232,6 @@ impl Listener {
                 _ => Err(error),
             },
         }
-    }
-
-    /// The file that was bound here, for messages.
-    pub(crate) fn path(&self) -> Option<&Path> {
-        self.file.as_ref().map(|file| file.path.as_path())
     }
 }
 

@@ -186,7 +186,10 @@ mod tests {
     fn files_that_are_too_short_or_no_files_are_refused() {
         let fd = file(0x1000);
         let error = |fd: BorrowedFd<'_>, offset, size| map(fd, offset, size, GuestAddress(0)).unwrap_err();
-        assert!(matches!(error(fd.as_fd(), 0, 0x1001), MapError::FileTooShort { actual: 0x1000, needed: 0x1001 }));
+        assert!(matches!(
+            error(fd.as_fd(), 0, 0x1001),
+            MapError::FileTooShort { actual: 0x1000, needed: 0x1001 }
+        ));
         assert!(matches!(error(fd.as_fd(), 0x1000, 1), MapError::FileTooShort { .. }));
         assert!(matches!(error(fd.as_fd(), 0, 0), MapError::Range { .. }));
         assert!(matches!(error(fd.as_fd(), u64::MAX, 2), MapError::Range { .. }));

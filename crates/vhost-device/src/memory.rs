@@ -21,7 +21,9 @@ pub(crate) enum MemoryError {
     #[error("more than {MEMORY_SLOTS} memory regions")]
     TooMany,
     /// Addresses wrap around.
-    #[error("the memory region of {size:#x} bytes at guest {guest:#x}, user {user:#x} passes the last address")]
+    #[error(
+        "the memory region of {size:#x} bytes at guest {guest:#x}, user {user:#x} passes the last address"
+    )]
     PastTheEnd { guest: u64, user: u64, size: u64 },
     /// Two regions claim an address: a bug of the front-end ("Memory region description").
     #[error("the memory region at guest {guest:#x}, user {user:#x} overlaps another")]
@@ -157,7 +159,8 @@ mod tests {
         assert_eq!(table.translate(0x5000_0000, 0x1000), Some(GuestAddress(0)));
         assert_eq!(table.translate(0x5000_0010, 0x10), Some(GuestAddress(0x10)));
         assert_eq!(table.translate(0x7000_1fff, 1), Some(GuestAddress(0x10_1fff)));
-        for (user, len) in [(0x5000_0000, 0x1001), (0x4fff_ffff, 1), (0x7000_2000, 1), (u64::MAX, 2), (0, 1)] {
+        for (user, len) in [(0x5000_0000, 0x1001), (0x4fff_ffff, 1), (0x7000_2000, 1), (u64::MAX, 2), (0, 1)]
+        {
             assert_eq!(table.translate(user, len), None, "{user:#x}");
         }
         assert_eq!(MemoryTable::empty().translate(0, 0), None);
@@ -194,7 +197,9 @@ mod tests {
     #[test]
     fn a_region_is_removed_by_addresses_and_size() {
         let table = MemoryTable::replace(vec![(region(0x1000, 0x9000, 0x1000, 0x3000), file())]).unwrap();
-        for wrong in [region(0, 0x9000, 0x1000, 0x3000), region(0x1000, 0, 0x1000, 0), region(0x1000, 0x9000, 1, 0)] {
+        for wrong in
+            [region(0, 0x9000, 0x1000, 0x3000), region(0x1000, 0, 0x1000, 0), region(0x1000, 0x9000, 1, 0)]
+        {
             assert!(matches!(table.without(&wrong), Err(MemoryError::Unknown { .. })));
         }
         let empty = table.without(&region(0x1000, 0x9000, 0x1000, 0)).unwrap();
@@ -210,7 +215,10 @@ mod tests {
             table = table.with(&slot(i), &fd).unwrap();
         }
         assert!(matches!(table.with(&slot(509), &fd), Err(MemoryError::TooMany)));
-        assert_eq!(table.translate(0x7f00_0000_0000 + 508 * 0x1_0000 + 8, 8), Some(GuestAddress(508 * 0x1_0000 + 8)));
+        assert_eq!(
+            table.translate(0x7f00_0000_0000 + 508 * 0x1_0000 + 8, 8),
+            Some(GuestAddress(508 * 0x1_0000 + 8))
+        );
         assert_eq!(table.ram().region_count(), MEMORY_SLOTS);
     }
 }

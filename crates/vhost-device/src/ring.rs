@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use vhost_user::VringAddr;
 use vm_virtio::{
-    Call, EventFd, GuestAddress, GuestRam, Interrupt, Kick, QueueConfig, QueueError, QueueState, RingPos, StartError,
+    Call, EventFd, GuestAddress, GuestRam, Interrupt, Kick, QueueConfig, QueueError, QueueState, RingPos,
+    StartError,
 };
 
 use crate::memory::MemoryTable;
@@ -20,6 +21,9 @@ pub(crate) enum RingError {
     /// SET_VRING_NUM or SET_VRING_ADDR has not come.
     #[error("its size or addresses are not set")]
     Incomplete,
+    /// SET_VRING_NUM was refused.
+    #[error("it cannot have {0} entries")]
+    Size(u32),
     /// No memory region has it; one may come.
     #[error("its {area} at user address {user:#x} is in no memory region")]
     Unmapped { area: &'static str, user: u64 },
@@ -55,16 +59,26 @@ pub(crate) enum Position {
     At(QueueState),
 }
 
+/// What SET_VRING_NUM said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Size {
+    /// Nothing so far.
+    Unset,
+    /// Something that was refused. The ring must not run with another size than the driver's.
+    Refused(u32),
+    /// A size that the device can have.
+    Set(u16),
+}
+
 /// The base of a ring that has not been used (virtio 1.4, 2.7.13 and 2.8.1).
 pub(crate) fn first_base(packed: bool) -> u32 {
     QueueState::new().to_vring_base(packed)
 }
 
 /// One ring of a connection.
-#[derive(Default)]
 pub(crate) struct Ring {
     /// SET_VRING_NUM.
-    pub(crate) size: Option<u16>,
+    pub(crate) size: Size,
     /// SET_VRING_ADDR.
     pub(crate) addr: Option<VringAddr>,
     /// SET_VRING_BASE.
@@ -81,9 +95,18 @@ pub(crate) struct Ring {
     pub(crate) running: Option<QueueConfig>,
 }
 
-impl Default for Position {
+impl Default for Ring {
     fn default() -> Self {
-        Position::Start
+        Ring {
+            size: Size::Unset,
+            addr: None,
+            position: Position::Start,
+            kick: None,
+            call: None,
+            err: None,
+            enabled: false,
+            running: None,
+        }
     }
 }
 
@@ -120,7 +143,12 @@ impl Ring {
 
     /// Size and guest addresses, translated by `memory`. Each area has to be in one region.
     pub(crate) fn place(&self, memory: &MemoryTable, packed: bool) -> Result<QueueConfig, RingError> {
-        let (Some(size), Some(addr)) = (self.size, &self.addr) else { return Err(RingError::Incomplete) };
+        let size = match self.size {
+            Size::Unset => return Err(RingError::Incomplete),
+            Size::Refused(size) => return Err(RingError::Size(size)),
+            Size::Set(size) => size,
+        };
+        let addr = self.addr.as_ref().ok_or(RingError::Incomplete)?;
         let n = u64::from(size);
         // The lengths of 2.7 (with event fields, which are part of the areas in any case) and of 2.8.10.1.
         let (driver_len, device_len) = if packed { (4, 4) } else { (6 + 2 * n, 6 + 8 * n) };
@@ -198,8 +226,13 @@ mod tests {
     }
 
     fn ring(size: u16) -> Ring {
-        let addr = VringAddr { desc: USER + 0x1000, avail: USER + 0x2000, used: USER + 0x3000, ..VringAddr::default() };
-        Ring { size: Some(size), addr: Some(addr), ..Ring::default() }
+        let addr = VringAddr {
+            desc: USER + 0x1000,
+            avail: USER + 0x2000,
+            used: USER + 0x3000,
+            ..VringAddr::default()
+        };
+        Ring { size: Size::Set(size), addr: Some(addr), ..Ring::default() }
     }
 
     #[test]
@@ -250,7 +283,10 @@ mod tests {
         let config = ring.place(&memory, true).unwrap();
         ring.position = Position::Base(0x0003_8005);
         let state = ring.state(&config, memory.ram(), true).unwrap().unwrap();
-        assert_eq!((state.avail, state.used), (RingPos { index: 5, wrap: true }, RingPos { index: 3, wrap: false }));
+        assert_eq!(
+            (state.avail, state.used),
+            (RingPos { index: 5, wrap: true }, RingPos { index: 3, wrap: false })
+        );
         assert_eq!(ring.base(true), 0x0003_8005);
         assert_eq!(Ring::default().base(true), 0x8000_8000);
         assert_eq!(Ring::default().base(false), 0);
@@ -263,7 +299,7 @@ mod tests {
         ring.enabled = true;
         ring.kick = Some(KickFile::Poll);
         ring.reset();
-        assert!(ring.size.is_some() && ring.addr.is_some());
+        assert!(ring.size != Size::Unset && ring.addr.is_some());
         assert!(!ring.enabled && ring.kick.is_none() && ring.position == Position::Start);
     }
 }

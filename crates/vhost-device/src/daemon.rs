@@ -1,0 +1,263 @@
+//! The daemon: a device per guest, a thread per lane, one main thread for all sockets.
+//!
+//! Nothing blocks the main thread: what a lane has to do is waited for by the guest's own task. The process ends when
+//! it is told to, or when all guests were given connections and those are over.
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use reactor::{Event, Interest, Reactor, SpinPolicy, Token};
+use vm_virtio::device::{DeviceError, VirtioDevice};
+use vm_virtio::{Engine, EngineError, EngineOptions, Features, LaneRunner};
+
+use crate::events::Events;
+use crate::guest::{Guest, Host, Source, Tokens};
+use crate::listen::{Endpoint, ListenError, Listener};
+use crate::notify::Announcer;
+use crate::signals::Signals;
+use crate::task::{Task, TaskWaker};
+
+/// How long lanes may take to notice that they are to end.
+const LANES_END: Duration = Duration::from_secs(1);
+
+// Beyond the tokens of all guests.
+const WAKER: Token = Token::host(u32::MAX);
+const SIGNALS: Token = Token::host(u32::MAX - 1);
+
+/// Which guest of a daemon: counted from 0, in the order of the sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GuestIndex(pub u32);
+
+/// What the host of a device decides.
+#[derive(Clone, Copy, Debug)]
+pub struct DaemonOptions {
+    /// Features to withhold from guests.
+    pub without: Features,
+    /// Longest time to poll a queue before its thread sleeps; zero never polls.
+    pub spin: Duration,
+}
+
+impl Default for DaemonOptions {
+    fn default() -> Self {
+        DaemonOptions { without: Features::empty(), spin: Duration::ZERO }
+    }
+}
+
+/// A daemon that cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The device of a guest cannot be made.
+    #[error("guest {guest}: {source}")]
+    Device {
+        /// The guest's number.
+        guest: u32,
+        /// What the device says.
+        source: DeviceError,
+    },
+    /// The engine refuses the device.
+    #[error("guest {guest}: {source}")]
+    Engine {
+        /// The guest's number.
+        guest: u32,
+        /// What the engine says.
+        source: EngineError,
+    },
+    /// No socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The system refuses what every daemon needs.
+    #[error("cannot {0}: {1}")]
+    System(&'static str, #[source] io::Error),
+    /// Asked to end twice: requests were given up.
+    #[error("asked to end twice, requests that were not finished are given up")]
+    Interrupted,
+}
+
+/// Ends a daemon from another thread.
+#[derive(Clone, Debug)]
+pub struct Stopper {
+    asked: Arc<AtomicU32>,
+    waker: reactor::Waker,
+}
+
+impl Stopper {
+    /// The first time: requests are finished, connections and sockets closed. The second time: at once.
+    pub fn stop(&self) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.waker.wake();
+    }
+
+    fn asked(&self) -> u32 {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+struct Prepared<D: VirtioDevice> {
+    engine: Engine<D>,
+    lanes: Vec<LaneRunner<D::Worker>>,
+    events: Arc<Events>,
+    waker: Arc<TaskWaker>,
+    source: Source,
+}
+
+/// Devices with their sockets, ready to be served.
+///
+/// [`run`](crate::run) is all that most daemons need; this is for those that get their sockets in another way, and for
+/// tests.
+pub struct Daemon<D: VirtioDevice> {
+    guests: Vec<Prepared<D>>,
+    stopper: Stopper,
+    pub(crate) signals: Option<Signals>,
+    pub(crate) announcer: Announcer,
+}
+
+impl<D: VirtioDevice> Daemon<D> {
+    /// Makes a device for each endpoint, and then the sockets, so that a device that cannot be made leaves none
+    /// behind. They accept connections from here on; who connects before [`Daemon::serve`] waits.
+    pub fn new(
+        endpoints: Vec<Endpoint>,
+        options: DaemonOptions,
+        mut make: impl FnMut(GuestIndex) -> Result<D, DeviceError>,
+    ) -> Result<Daemon<D>, DaemonError> {
+        crate::listen::raise_descriptor_limit();
+        let waker = reactor::Waker::new().map_err(|error| DaemonError::System("make an eventfd", error))?;
+        let mut devices = Vec::with_capacity(endpoints.len());
+        for guest in (0..).take(endpoints.len()) {
+            let device = make(GuestIndex(guest)).map_err(|source| DaemonError::Device { guest, source })?;
+            let task = TaskWaker::new(waker.clone());
+            let events = Events::new(task.clone());
+            let spin = SpinPolicy { limit: options.spin };
+            let options =
+                EngineOptions { without: options.without, spin, ..EngineOptions::new(events.clone()) };
+            let (engine, lanes) =
+                Engine::new(device, options).map_err(|source| DaemonError::Engine { guest, source })?;
+            devices.push((engine, lanes, events, task));
+        }
+        let mut guests = Vec::with_capacity(devices.len());
+        for ((engine, lanes, events, waker), endpoint) in devices.into_iter().zip(endpoints) {
+            let source = match endpoint {
+                Endpoint::Path(path) => Source::Listener(Listener::bind(&path)?),
+                Endpoint::Listener(socket) => Source::Listener(
+                    Listener::adopt(socket)
+                        .map_err(|error| DaemonError::System("use an inherited socket", error))?,
+                ),
+                Endpoint::Connected(stream) => Source::Connected(stream),
+            };
+            guests.push(Prepared { engine, lanes, events, waker, source });
+        }
+        let stopper = Stopper { asked: Arc::default(), waker };
+        Ok(Daemon { guests, stopper, signals: None, announcer: Announcer::default() })
+    }
+
+    /// Ends the daemon from elsewhere.
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
+    }
+
+    /// Serves all guests on this thread and the lanes' own, until the daemon is asked to end.
+    ///
+    /// # Errors
+    ///
+    /// [`DaemonError::System`] if threads or watches cannot be had; [`DaemonError::Interrupted`].
+    pub fn serve(self) -> Result<(), DaemonError> {
+        let Daemon { guests, stopper, signals, mut announcer } = self;
+        let system = |what| move |error| DaemonError::System(what, error);
+        let mut reactor = Reactor::new().map_err(system("make a reactor"))?;
+        reactor
+            .watch(stopper.waker.as_fd(), WAKER, Interest::READ_EDGE)
+            .map_err(system("watch an eventfd"))?;
+        if let Some(signals) = &signals {
+            reactor
+                .watch(signals.as_fd(), SIGNALS, Interest::READ_EDGE)
+                .map_err(system("watch for signals"))?;
+        }
+        let host = Rc::new(Host { reactor: RefCell::new(reactor), stopping: Cell::new(false) });
+        let mut threads = Vec::new();
+        let mut tasks = Vec::with_capacity(guests.len());
+        for (index, prepared) in (0..).zip(guests) {
+            for lane in prepared.lanes {
+                threads.push(spawn(index, lane).map_err(system("start a thread"))?);
+            }
+            let guest = Guest::new(index, prepared.engine, prepared.events, host.clone());
+            tasks.push(Task::new(prepared.waker, guest.serve(prepared.source)));
+        }
+        announcer.ready();
+        let served = main_loop(&host, &mut tasks, &stopper, signals.as_ref(), &mut announcer);
+        // Ends connections, removes sockets, and ends the lanes with the engines.
+        drop(tasks);
+        if served.is_ok() {
+            join(threads);
+        }
+        served
+    }
+}
+
+fn spawn<W: vm_virtio::device::Worker>(guest: u32, lane: LaneRunner<W>) -> io::Result<JoinHandle<()>> {
+    let name = format!("guest{guest}-lane{}", lane.index());
+    std::thread::Builder::new().name(name).spawn(move || lane.run())
+}
+
+/// Waits for the lanes to end, but not for one that hangs in a device's code.
+fn join(threads: Vec<JoinHandle<()>>) {
+    let deadline = Instant::now() + LANES_END;
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        if Instant::now() > deadline {
+            tracing::error!("a device does not end; its thread is abandoned");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn main_loop(
+    host: &Host,
+    tasks: &mut [Task],
+    stopper: &Stopper,
+    signals: Option<&Signals>,
+    announcer: &mut Announcer,
+) -> Result<(), DaemonError> {
+    loop {
+        for task in tasks.iter_mut() {
+            task.run();
+        }
+        if tasks.iter().all(Task::is_over) {
+            return Ok(());
+        }
+        if let Err(error) = host.reactor.borrow_mut().wait(None) {
+            return Err(DaemonError::System("wait for events", error));
+        }
+        // Not in the loop's condition: handling an event may use the reactor.
+        let next = || host.reactor.borrow_mut().next();
+        while let Some(event) = next() {
+            match event {
+                Event::Ready { token: WAKER, .. } => {}
+                Event::Ready { token: SIGNALS, .. } => {
+                    while let Some(signal) = signals.and_then(Signals::take) {
+                        tracing::info!("ending on {}", signal.name());
+                        stopper.asked.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+                Event::Ready { token, .. } | Event::Timer { token } => {
+                    if let Some(task) = tasks.get(Tokens::guest(token)) {
+                        task.waker().mark();
+                    }
+                }
+            }
+        }
+        match stopper.asked() {
+            0 => {}
+            1 if host.stopping.replace(true) => {}
+            1 => {
+                announcer.stopping();
+                tasks.iter().for_each(|task| task.waker().mark());
+            }
+            _ => return Err(DaemonError::Interrupted),
+        }
+    }
+}

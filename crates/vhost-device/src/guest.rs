@@ -1,0 +1,189 @@
+//! One guest: its device, which outlives connections, and the front-ends that come and go.
+//!
+//! A guest has one front-end at a time. While one is connected, the listener stays open and another that connects is
+//! turned away by closing its connection - after the first one's end was looked for, so that a VMM which reconnects
+//! faster than its disconnect is noticed gets in. When a front-end is gone its rings are stopped and its memory is let
+//! go; the device keeps its state until RESET_DEVICE, SET_STATUS(0), or a driver that begins from scratch.
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use reactor::{Reactor, Token};
+use vm_virtio::device::VirtioDevice;
+use vm_virtio::{Engine, HostEvent};
+
+use crate::events::Events;
+use crate::listen::Listener;
+use crate::session::Session;
+use crate::task::Watch;
+
+/// How long to wait after the system refused to accept a connection, most likely for want of descriptors.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// What the guests of a process share; the main thread's.
+pub(crate) struct Host {
+    pub(crate) reactor: RefCell<Reactor>,
+    /// The daemon is asked to end.
+    pub(crate) stopping: Cell<bool>,
+}
+
+/// Tokens of one guest in the main reactor.
+#[derive(Clone, Copy)]
+pub(crate) struct Tokens(u32);
+
+impl Tokens {
+    const PER_GUEST: u32 = 3;
+
+    pub(crate) fn of(guest: u32) -> Tokens {
+        Tokens(guest * Tokens::PER_GUEST)
+    }
+
+    /// The guest that a token belongs to.
+    pub(crate) fn guest(token: Token) -> usize {
+        (token.number() / Tokens::PER_GUEST) as usize
+    }
+
+    pub(crate) fn connection(self) -> Token {
+        Token::host(self.0)
+    }
+
+    pub(crate) fn listener(self) -> Token {
+        Token::host(self.0 + 1)
+    }
+
+    pub(crate) fn channel(self) -> Token {
+        Token::host(self.0 + 2)
+    }
+}
+
+/// Where front-ends come from.
+pub(crate) enum Source {
+    /// One after the other, without end.
+    Listener(Listener),
+    /// This one only.
+    Connected(UnixStream),
+}
+
+/// A guest and its device.
+pub(crate) struct Guest<D: VirtioDevice> {
+    /// Its number, from 0.
+    pub(crate) index: u32,
+    pub(crate) engine: Engine<D>,
+    pub(crate) events: Arc<Events>,
+    pub(crate) host: Rc<Host>,
+    /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
+    pub(crate) stopped_at: RefCell<Vec<Option<u32>>>,
+}
+
+impl<D: VirtioDevice> Guest<D> {
+    pub(crate) fn new(index: u32, engine: Engine<D>, events: Arc<Events>, host: Rc<Host>) -> Guest<D> {
+        let rings = engine.queues().len();
+        Guest { index, engine, events, host, stopped_at: RefCell::new(vec![None; rings]) }
+    }
+
+    pub(crate) fn tokens(&self) -> Tokens {
+        Tokens::of(self.index)
+    }
+
+    /// Serves front-ends until the daemon ends, or, given a connection, until that ends.
+    pub(crate) async fn serve(self, source: Source) {
+        match source {
+            Source::Connected(stream) => self.session(stream, None).await,
+            Source::Listener(listener) => {
+                let watch = Watch::new(&self.host.reactor, self.tokens().listener(), listener.as_fd());
+                if let Err(error) = &watch {
+                    tracing::error!(guest = self.index, %error, "the socket cannot be watched");
+                    return;
+                }
+                while let Some(stream) = self.accept(&listener).await {
+                    self.session(stream, Some(&listener)).await;
+                }
+            }
+        }
+    }
+
+    /// The next front-end; `None` when the daemon ends.
+    async fn accept(&self, listener: &Listener) -> Option<UnixStream> {
+        poll_fn(|_| {
+            if self.host.stopping.get() {
+                return Poll::Ready(None);
+            }
+            self.log_events();
+            match listener.accept() {
+                Ok(Some(stream)) => Poll::Ready(Some(stream)),
+                Ok(None) => Poll::Pending,
+                Err(error) => {
+                    self.accept_failed(&error);
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    /// Turns away everybody who connects while there is a front-end.
+    pub(crate) fn refuse_others(&self, listener: &Listener) {
+        loop {
+            match listener.accept() {
+                Ok(Some(_closed)) => {
+                    tracing::warn!(
+                        guest = self.index,
+                        "has a front-end already; another one was turned away"
+                    );
+                }
+                Ok(None) => return,
+                Err(error) => return self.accept_failed(&error),
+            }
+        }
+    }
+
+    fn accept_failed(&self, error: &io::Error) {
+        tracing::warn!(guest = self.index, %error, "a connection could not be accepted; trying again");
+        // The watch reports a waiting connection once only.
+        let again = Instant::now() + ACCEPT_AGAIN;
+        self.host.reactor.borrow_mut().set_timer(self.tokens().listener(), again);
+    }
+
+    async fn session(&self, stream: UnixStream, listener: Option<&Listener>) {
+        match Session::new(self, stream, listener) {
+            Ok(mut session) => {
+                tracing::info!(guest = self.index, "front-end connected");
+                let end = session.run().await;
+                session.close().await;
+                tracing::info!(guest = self.index, "front-end gone: {end}");
+            }
+            Err(error) => tracing::warn!(guest = self.index, %error, "a connection could not be served"),
+        }
+    }
+
+    /// Without a front-end the log is the only place for what happens.
+    fn log_events(&self) {
+        for event in self.events.take() {
+            self.log_event(&event);
+        }
+    }
+
+    pub(crate) fn log_event(&self, event: &HostEvent) {
+        match event {
+            HostEvent::QueueFault { queue, error } => {
+                tracing::warn!(guest = self.index, queue, %error, "the driver broke a ring; the ring is stopped");
+            }
+            HostEvent::NeedsReset { reason } => {
+                tracing::warn!(guest = self.index, reason, "the device needs a reset");
+            }
+            // Flags and whatever comes later are not for the log.
+            _ => {}
+        }
+    }
+
+    /// A reset happened: rings that begin at the beginning from here on mean nothing.
+    pub(crate) fn forget_positions(&self) {
+        self.stopped_at.borrow_mut().fill(None);
+    }
+}

@@ -1,0 +1,312 @@
+//! One connection of a front-end: messages in, calls of the engine, answers out.
+//!
+//! Messages are carried out one after the other, each completely: an acknowledgement means that the engine has done
+//! it, so the next message finds it done. A message that has to wait for a lane (a ring that drains) keeps this
+//! connection waiting and no other.
+//!
+//! What a front-end does wrong ends in one of three ways. A refused message that the front-end hears about
+//! (REPLY_ACK) is answered with failure and the connection goes on. One that it does not hear about also leaves the
+//! connection alone, unless both sides would disagree about features or memory from then on ([`Refused::desyncs`]):
+//! then the connection is closed, as is one whose stream cannot be understood any more.
+mod memory;
+mod negotiation;
+mod refused;
+mod rings;
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use vhost_user::{
+    Answer, BackendChannel, BackendEndpoint, Error, FrontendRequest, ProtocolFeatures, Received, ReplyTicket,
+    config_flags,
+};
+use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
+use vm_virtio::engine::STOP_DEADLINE;
+use vm_virtio::{Features, GuestRam, HostEvent, WaitFor};
+
+use crate::guest::Guest;
+use crate::listen::Listener;
+use crate::memory::{MEMORY_SLOTS, MemoryTable};
+use crate::ring::Ring;
+use crate::task::{Watch, yield_now};
+
+pub(crate) use refused::Refused;
+
+/// How long requests may take to finish when the daemon is asked to end: shorter than the usual patience of those who
+/// ask (failure policy 7).
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Messages that are carried out before other guests get a turn.
+const TURN: u32 = 32;
+
+/// Why a connection is over.
+pub(crate) enum End {
+    /// The front-end closed it, or broke the protocol.
+    Connection(Error),
+    /// The front-end would go on with features or memory that it does not have.
+    Desynced,
+    /// The daemon ends.
+    Stopping,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Connection(Error::Io(error)) => write!(f, "the vhost-user socket failed: {error}"),
+            End::Connection(error) => error.fmt(f),
+            End::Desynced => f.write_str("closed, because a refused message could not be answered"),
+            End::Stopping => f.write_str("the daemon ends"),
+        }
+    }
+}
+
+/// What there is to do next.
+enum Next {
+    Request(Received),
+    Refused { error: String, ticket: ReplyTicket },
+    End(End),
+}
+
+/// A connection.
+pub(crate) struct Session<'g, D: VirtioDevice> {
+    guest: &'g Guest<D>,
+    endpoint: BackendEndpoint,
+    /// Where others are turned away.
+    listener: Option<&'g Listener>,
+    /// For requests to the front-end.
+    channel: Option<(BackendChannel, Watch<'g>)>,
+    memory: MemoryTable,
+    rings: Vec<Ring>,
+    /// SET_FEATURES, without the protocol's own bit.
+    acked: Option<Features>,
+    /// Whether bit 30 was acknowledged: rings begin disabled, and SET_VRING_ENABLE rules.
+    enable_rules: bool,
+    _watch: Watch<'g>,
+}
+
+impl<'g, D: VirtioDevice> Session<'g, D> {
+    pub(crate) fn new(
+        guest: &'g Guest<D>,
+        stream: UnixStream,
+        listener: Option<&'g Listener>,
+    ) -> io::Result<Session<'g, D>> {
+        let watch = Watch::new(&guest.host.reactor, guest.tokens().connection(), stream.as_fd())?;
+        let endpoint = BackendEndpoint::new(stream)?;
+        // A front-end that connects reads the configuration space; what changed before is no news to it.
+        guest.events.config_told();
+        Ok(Session {
+            guest,
+            endpoint,
+            listener,
+            channel: None,
+            memory: MemoryTable::empty(),
+            rings: guest.engine.queues().iter().map(|_| Ring::default()).collect(),
+            acked: None,
+            enable_rules: true,
+            _watch: watch,
+        })
+    }
+
+    /// Serves the connection until it ends.
+    pub(crate) async fn run(&mut self) -> End {
+        let mut turn = 0;
+        loop {
+            turn += 1;
+            if turn % TURN == 0 {
+                yield_now().await;
+            }
+            let outcome = match self.next().await {
+                Next::End(end) => return end,
+                Next::Refused { error, ticket } => {
+                    tracing::warn!(guest = self.guest.index, error, "message refused");
+                    self.endpoint.reply(ticket, Answer::Failed)
+                }
+                Next::Request(Received { request, ticket }) => {
+                    let code = request.code();
+                    tracing::debug!(guest = self.guest.index, ?code, "message");
+                    let (answer, desyncs) = match self.handle(request).await {
+                        Ok(answer) => (answer, false),
+                        Err(error) => {
+                            tracing::warn!(guest = self.guest.index, ?code, %error, "message refused");
+                            (Answer::Failed, error.desyncs())
+                        }
+                    };
+                    let heard = self.endpoint.reply_owed();
+                    let sent = self.endpoint.reply(ticket, answer);
+                    if desyncs && !heard {
+                        return End::Desynced;
+                    }
+                    sent
+                }
+            };
+            if let Err(error) = outcome {
+                return End::Connection(error);
+            }
+        }
+    }
+
+    /// Looks at everything that this connection waits for.
+    async fn next(&mut self) -> Next {
+        poll_fn(|_| {
+            if self.guest.host.stopping.get() {
+                return Poll::Ready(Next::End(End::Stopping));
+            }
+            self.pass_on_events();
+            // Whoever does not read replies is not read either.
+            if self.endpoint.wants_write() {
+                match self.endpoint.flush() {
+                    Err(error) => return Poll::Ready(Next::End(End::Connection(error))),
+                    Ok(()) if self.endpoint.wants_write() => return Poll::Pending,
+                    Ok(()) => {}
+                }
+            }
+            match self.endpoint.receive() {
+                Ok(Some(received)) => return Poll::Ready(Next::Request(received)),
+                Ok(None) => {}
+                Err(Error::Invalid { code, reason, ticket }) => {
+                    let error = format!("request {code}: {reason}");
+                    return Poll::Ready(Next::Refused { error, ticket });
+                }
+                Err(error) => return Poll::Ready(Next::End(End::Connection(error))),
+            }
+            // Only now is it certain that this connection has not ended.
+            if let Some(listener) = self.listener {
+                self.guest.refuse_others(listener);
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Carries out one message.
+    async fn handle(&mut self, request: FrontendRequest) -> Result<Answer, Refused> {
+        use FrontendRequest as R;
+        let engine = &self.guest.engine;
+        match request {
+            R::GetFeatures => return Ok(Answer::U64(self.offered_features())),
+            R::SetFeatures(bits) => self.set_features(bits).await?,
+            // The session began with the connection. RESET_OWNER is deprecated and best ignored.
+            R::SetOwner | R::ResetOwner => {}
+            R::GetProtocolFeatures => return Ok(Answer::U64(self.offered_protocol_features().bits())),
+            R::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
+            R::GetQueueNum => return Ok(Answer::U64(self.rings.len() as u64)),
+            R::GetMaxMemSlots => return Ok(Answer::U64(MEMORY_SLOTS as u64)),
+            R::SetMemTable(table) => {
+                let next = MemoryTable::replace(table)?;
+                self.change_memory(next).await;
+            }
+            R::AddMemReg(region, fd) => {
+                let next = self.memory.with(&region, &fd)?;
+                // The mapping does not need it any more.
+                drop(fd);
+                self.change_memory(next).await;
+            }
+            R::RemMemReg(region) => {
+                let next = self.memory.without(&region)?;
+                self.change_memory(next).await;
+            }
+            R::SetVringNum { index, num } => self.set_num(index, num)?,
+            R::SetVringAddr(addr) => self.set_addr(addr).await?,
+            R::SetVringBase { index, base } => self.set_base(index, base)?,
+            R::GetVringBase { index } => return Ok(Answer::VringBase(self.get_base(index).await?)),
+            R::SetVringKick { index, fd } => self.set_kick(index, fd).await?,
+            R::SetVringCall { index, fd } => self.set_call(index, fd).await?,
+            R::SetVringErr { index, fd } => self.set_err(index, fd)?,
+            R::SetVringEnable { index, enable } => self.set_enable(index, enable).await?,
+            R::SetBackendReqFd(fd) => {
+                let channel = BackendChannel::new(fd, self.endpoint.protocol_features())?;
+                let token = self.guest.tokens().channel();
+                // The former channel's watch must be gone before its token is used again.
+                self.channel = None;
+                let watch = Watch::new(&self.guest.host.reactor, token, channel.as_fd())?;
+                self.channel = Some((channel, watch));
+            }
+            R::GetConfig { offset, size, flags: _ } => {
+                // Bounded by the size of a message. Bytes that the device does not have are zero: front-ends ask for
+                // as much as they know of the type.
+                let mut data = vec![0; size as usize];
+                engine.config().read(offset, &mut data);
+                return Ok(Answer::Config(data));
+            }
+            R::SetConfig { offset, flags, data } => {
+                let by = match flags {
+                    config_flags::WRITABLE => ConfigWriter::Driver,
+                    config_flags::MIGRATION => ConfigWriter::Migration,
+                    other => return Err(Refused::ConfigFlags(other)),
+                };
+                engine.write_config(offset, &data, by)?;
+            }
+            R::ResetDevice => self.reset_device().await,
+            R::SetStatus(status) => self.set_status(status).await?,
+            R::GetStatus => return Ok(Answer::U64(engine.status().bits().into())),
+            other => return Err(Refused::Unsupported(other.code())),
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Errors of rings to their error files, changes of the configuration space to the front-end.
+    fn pass_on_events(&mut self) {
+        let mut after_fault = false;
+        for event in self.guest.events.take() {
+            self.guest.log_event(&event);
+            match event {
+                HostEvent::QueueFault { queue, .. } => {
+                    after_fault = true;
+                    if let Some(ring) = self.rings.get(usize::from(queue)) {
+                        ring.signal_error();
+                    }
+                }
+                // A device that gave up serves no ring; after a fault of one ring, the others go on.
+                HostEvent::NeedsReset { .. } if !after_fault => {
+                    self.rings.iter().filter(|ring| ring.running.is_some()).for_each(Ring::signal_error);
+                }
+                _ => after_fault = false,
+            }
+        }
+        // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.
+        let suspended = self.rings.iter().all(|ring| ring.running.is_none());
+        let Some((channel, _)) = &mut self.channel else { return };
+        let mut sent = if channel.wants_write() { channel.flush() } else { Ok(()) };
+        let wanted = channel_features(self.endpoint.protocol_features());
+        if sent.is_ok() && wanted && !suspended && self.guest.events.config_changed() {
+            self.guest.events.config_told();
+            sent = channel.config_changed().map(|_| ());
+        }
+        if let Err(error) = sent {
+            tracing::warn!(guest = self.guest.index, %error, "the front-end closed its channel for requests");
+            self.channel = None;
+        }
+    }
+
+    /// The end: rings finish what they took and stop, the front-end's memory and files go. The device stays.
+    pub(crate) async fn close(mut self) {
+        let patience = if self.guest.host.stopping.get() { SHUTDOWN_DEADLINE } else { STOP_DEADLINE };
+        let deadline = Instant::now() + patience;
+        let packed = self.packed();
+        let engine = &self.guest.engine;
+        // All at once, so that they share the time.
+        let stops: Vec<_> = (0..)
+            .zip(&self.rings)
+            .filter(|(_, ring)| ring.running.is_some())
+            .map(|(queue, _)| (queue, engine.stop(queue, Stop::Drain, Some(deadline))))
+            .collect();
+        for (queue, stop) in stops {
+            let stopped = stop.await;
+            self.stopped(queue, stopped);
+            self.remember(queue, packed);
+            // The engine keeps a call file over a stop.
+            engine.set_call(queue, None).await;
+        }
+        engine.memory(GuestRam::empty(), WaitFor::NewRequests).await;
+    }
+}
+
+/// Whether the front-end wants to hear of configuration changes.
+fn channel_features(negotiated: ProtocolFeatures) -> bool {
+    negotiated.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::CONFIG)
+}

@@ -1,0 +1,176 @@
+//! Features, protocol features, status and reset.
+//!
+//! Virtio wants the status to say when a driver is ready; vhost-user had no status at first. With
+//! `VHOST_USER_PROTOCOL_F_STATUS` the front-end sets it, and rings wait for DRIVER_OK, which QEMU sets *after* starting
+//! and enabling them. Without it, a started ring is all that tells, and the session makes the steps itself
+//! ([`Session::make_ready`]).
+use vhost_user::{F_PROTOCOL_FEATURES, ProtocolFeatures};
+use vm_virtio::device::VirtioDevice;
+use vm_virtio::{FeatureError, Features, QueueState, Status};
+
+use super::{Refused, Session};
+use crate::ring::{RingError, first_base};
+
+/// Everything that is implemented. CONFIG only for devices that have a configuration space.
+pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
+    let always = ProtocolFeatures::MQ
+        | ProtocolFeatures::REPLY_ACK
+        | ProtocolFeatures::BACKEND_REQ
+        | ProtocolFeatures::RESET_DEVICE
+        | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | ProtocolFeatures::STATUS;
+    if has_config { always | ProtocolFeatures::CONFIG } else { always }
+}
+
+impl<D: VirtioDevice> Session<'_, D> {
+    pub(super) fn offered_features(&self) -> u64 {
+        self.guest.engine.offered().low64() | F_PROTOCOL_FEATURES
+    }
+
+    pub(super) fn offered_protocol_features(&self) -> ProtocolFeatures {
+        protocol_features(!self.guest.engine.config().is_empty())
+    }
+
+    /// Whether the rings have the packed layout.
+    pub(super) fn packed(&self) -> bool {
+        self.acked.is_some_and(|features| features.contains(Features::RING_PACKED))
+    }
+
+    fn has_status(&self) -> bool {
+        self.endpoint.protocol_features().contains(ProtocolFeatures::STATUS)
+    }
+
+    pub(super) fn is_suspended(&self) -> bool {
+        self.rings.iter().all(|ring| ring.running.is_none())
+    }
+
+    /// SET_FEATURES. The same set again changes nothing (front-ends repeat it). Another one is possible while all
+    /// rings are stopped: then it is a new driver, and the device is reset for it if the last one had got as far as
+    /// FEATURES_OK. A device that waits for its reset gets it here as well, since not every front-end can ask for one.
+    pub(super) async fn set_features(&mut self, bits: u64) -> Result<(), Refused> {
+        let excess = bits & !self.offered_features();
+        if excess != 0 {
+            return Err(FeatureError::NotOffered(excess.into()).into());
+        }
+        let features = Features::from(bits & !F_PROTOCOL_FEATURES);
+        let engine = &self.guest.engine;
+        let status = engine.status();
+        let negotiated = status.contains(Status::FEATURES_OK) && engine.driver_features() != features;
+        let broken = status.intersects(Status::DEVICE_NEEDS_RESET | Status::FAILED);
+        if (negotiated || broken) && self.is_suspended() {
+            engine.reset().await;
+            self.guest.forget_positions();
+        }
+        engine.set_driver_features(features)?;
+        self.acked = Some(features);
+        self.enable_rules = bits & F_PROTOCOL_FEATURES != 0;
+        if !self.enable_rules {
+            // "The back-end must enable all rings immediately."
+            for queue in 0..self.rings.len() {
+                self.enable(queue, true).await;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Result<(), Refused> {
+        let excess = features.difference(self.offered_protocol_features());
+        if !excess.is_empty() {
+            return Err(Refused::NotOffered(excess));
+        }
+        if let Some((feature, needed)) = features.unmet() {
+            return Err(Refused::Unmet(feature, needed));
+        }
+        // Before the answer: whether there is one depends on it.
+        self.endpoint.set_protocol_features(features);
+        if let Some((channel, _)) = &mut self.channel {
+            channel.set_protocol_features(features);
+        }
+        Ok(())
+    }
+
+    /// RESET_DEVICE and SET_STATUS(0).
+    pub(super) async fn reset_device(&mut self) {
+        self.guest.engine.reset().await;
+        self.guest.forget_positions();
+        for ring in &mut self.rings {
+            ring.reset();
+            // Without bit 30 there is no message that would enable it again.
+            ring.enabled = !self.enable_rules;
+        }
+    }
+
+    pub(super) async fn set_status(&mut self, status: u8) -> Result<(), Refused> {
+        let status = Status::from_bits_retain(status);
+        if status.is_empty() {
+            self.reset_device().await;
+            return Ok(());
+        }
+        let engine = &self.guest.engine;
+        if let Some(acked) = self.acked.filter(|acked| {
+            status.contains(Status::FEATURES_OK)
+                && !engine.status().contains(Status::FEATURES_OK)
+                && engine.driver_features() != *acked
+        }) {
+            // A reset forgot the features that this connection chose before.
+            engine.set_driver_features(acked)?;
+        }
+        engine.set_status(status).await;
+        Ok(())
+    }
+
+    /// Gets the device ready for its first ring: notices a driver that begins from scratch, and without STATUS takes
+    /// the steps of the status that the front-end cannot.
+    ///
+    /// A driver begins from scratch if its first ring starts at the beginning although the ring had got further. That
+    /// is how a guest's reboot looks through a front-end that neither sets a status nor resets devices, and how a new
+    /// VM looks on a socket whose last one was killed: the device must not go on with what the other guest left.
+    pub(super) async fn make_ready(
+        &mut self,
+        queue: usize,
+        start: Option<&QueueState>,
+    ) -> Result<(), RingError> {
+        let acked = self.acked.ok_or(RingError::Features)?;
+        let engine = &self.guest.engine;
+        let got_further = self.guest.stopped_at.borrow().get(queue).copied().flatten();
+        let from_scratch = start.is_none_or(|state| *state == QueueState::new())
+            && got_further.is_some_and(|base| base != first_base(self.packed()));
+        if self.is_suspended() && from_scratch {
+            tracing::debug!(guest = self.guest.index, "the driver begins from scratch; the device is reset");
+            let status = engine.status() - Status::DEVICE_NEEDS_RESET;
+            engine.reset().await;
+            self.guest.forget_positions();
+            engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
+            if self.has_status() {
+                engine.set_status(status).await;
+            }
+        }
+        if self.has_status() {
+            return Ok(());
+        }
+        engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
+        if !engine.status().contains(Status::DRIVER_OK) {
+            // 3.1.1, steps 2 to 8. FEATURES_OK stays clear if the device refuses the features, and DRIVER_OK with it.
+            engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK).await;
+            engine.set_status(Status::DRIVER_OK).await;
+        }
+        match engine.status().contains(Status::DRIVER_OK) {
+            true => Ok(()),
+            false => Err(RingError::Features),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, CONFIGURE_MEM_SLOTS 15, STATUS 16.
+    #[test]
+    fn exactly_what_is_implemented_is_offered() {
+        let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
+        assert_eq!(protocol_features(false).bits(), bits(&[0, 3, 5, 13, 15, 16]));
+        assert_eq!(protocol_features(true).bits(), bits(&[0, 3, 5, 9, 13, 15, 16]));
+        assert_eq!(protocol_features(true).unmet(), None);
+    }
+}

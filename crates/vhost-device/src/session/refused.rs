@@ -1,0 +1,64 @@
+//! Why a message is refused.
+use std::io;
+
+use vhost_user::{FrontendCode, ProtocolFeatures};
+use vm_virtio::{ConfigError, FeatureError};
+
+use crate::memory::MemoryError;
+use crate::ring::RingError;
+
+/// A message that is understood and cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refused {
+    /// Features that were not offered, or cannot change now.
+    #[error(transparent)]
+    Features(#[from] FeatureError),
+    /// The same in the bits that vhost-user uses for itself.
+    #[error("protocol features {0:?} were not offered")]
+    NotOffered(ProtocolFeatures),
+    /// Features that need others.
+    #[error("protocol feature {0:?} needs {1:?}")]
+    Unmet(ProtocolFeatures, ProtocolFeatures),
+    /// No such ring.
+    #[error("there is no ring {0}")]
+    NoSuchRing(u32),
+    /// Only a stopped ring can be changed in this way.
+    #[error("ring {0} is started")]
+    Started(u32),
+    /// No size of a ring.
+    #[error("ring {index} cannot have {num} entries: {why}")]
+    Size { index: u32, num: u32, why: &'static str },
+    /// No position in a ring.
+    #[error("ring {index} cannot go on at {base:#x}")]
+    Base { index: u32, base: u32 },
+    /// The ring does not run.
+    #[error("ring {index} does not run: {source}")]
+    Ring { index: u32, source: RingError },
+    /// The memory table is not acceptable.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Outside of the configuration space.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Flags that no one defined.
+    #[error("flags {0:#x} of a write to the configuration space are not defined")]
+    ConfigFlags(u32),
+    /// A descriptor that cannot serve.
+    #[error("the descriptor cannot be used: {0}")]
+    Descriptor(#[from] io::Error),
+    /// Not the socket that it should be.
+    #[error(transparent)]
+    Channel(#[from] vhost_user::Error),
+    /// Known, but not served.
+    #[error("{0:?} is not served")]
+    Unsupported(FrontendCode),
+}
+
+impl Refused {
+    /// Whether a front-end that does not hear of it would go on with features or memory that the back-end does not
+    /// have. Everything else shows by itself: a ring that does not run, and its error file.
+    pub(crate) fn desyncs(&self) -> bool {
+        use Refused as R;
+        matches!(self, R::Features(_) | R::NotOffered(_) | R::Unmet(..) | R::Memory(_))
+    }
+}

@@ -1,0 +1,150 @@
+//! A device for tests: it gives back what it is sent, and does worse things when told to.
+#![allow(unreachable_pub, dead_code, reason = "shared by test crates and an example, none of which uses all")]
+use std::sync::Arc;
+
+use reactor::Mail;
+use vm_virtio::device::{ConfigWriter, DeviceError, Lane, QueueSpec, Stop, VirtioDevice, Worker};
+use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, Queue};
+
+/// A feature of the device's own.
+pub const FEATURE: Features = Features::from_bits_retain(1 << 5);
+
+/// What the first byte of a request asks for; any other byte: give the request back.
+pub mod ask {
+    /// Keep the request until the ring is stopped.
+    pub const HOLD: u8 = b'H';
+    /// Keep the request for ever.
+    pub const CLING: u8 = b'K';
+    /// Panic.
+    pub const PANIC: u8 = b'P';
+    /// Fail the worker.
+    pub const FAIL: u8 = b'F';
+    /// Change the configuration space: its first byte becomes the second of the request.
+    pub const CONFIGURE: u8 = b'C';
+    /// How many requests since the reset? One byte.
+    pub const COUNT: u8 = b'N';
+    /// Wait this many milliseconds (second byte), which no real device may do.
+    pub const BLOCK: u8 = b'B';
+}
+
+pub struct Echo {
+    config: Arc<ConfigSpace>,
+    queues: u16,
+    lanes: u16,
+}
+
+impl Echo {
+    /// A device of one queue, with this many bytes of configuration space.
+    pub fn new(config: usize) -> Echo {
+        Echo {
+            config: Arc::new(ConfigSpace::new((0..config).map(|i| i as u8).collect())),
+            queues: 1,
+            lanes: 1,
+        }
+    }
+
+    /// With more queues and lanes.
+    pub fn queues(self, queues: u16, lanes: u16) -> Echo {
+        Echo { queues, lanes, ..self }
+    }
+}
+
+impl VirtioDevice for Echo {
+    type Worker = EchoWorker;
+
+    fn device_type(&self) -> DeviceType {
+        DeviceType(63)
+    }
+
+    fn features(&self) -> Features {
+        FEATURE
+    }
+
+    fn queues(&self, _features: Features) -> Vec<QueueSpec> {
+        (0..self.queues).map(|i| QueueSpec { name: "echo", max_size: 256, lane: i % self.lanes }).collect()
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        self.config.clone()
+    }
+
+    /// Byte 0 is the driver's to change, the others only a migration's.
+    fn write_config(&mut self, offset: u32, data: &[u8], by: ConfigWriter) {
+        let allowed = if by == ConfigWriter::Migration { data } else { &data[..data.len().min(1)] };
+        if by == ConfigWriter::Migration || offset == 0 {
+            let _ = self.config.set(offset, allowed);
+        }
+    }
+
+    fn workers(&mut self, _mail: &[Mail<()>]) -> Result<Vec<EchoWorker>, DeviceError> {
+        let worker =
+            || EchoWorker { config: self.config.clone(), held: Vec::new(), clung: Vec::new(), count: 0 };
+        Ok((0..self.lanes).map(|_| worker()).collect())
+    }
+
+    fn reset(&mut self, workers: &mut [EchoWorker]) {
+        for worker in workers {
+            worker.held.clear();
+            worker.clung.clear();
+            worker.count = 0;
+        }
+    }
+}
+
+pub struct EchoWorker {
+    config: Arc<ConfigSpace>,
+    held: Vec<(u16, Chain)>,
+    clung: Vec<Chain>,
+    count: u8,
+}
+
+fn answer(queue: &mut Queue, chain: Chain, answer: &[u8]) {
+    let written = {
+        let mut writer = queue.writer(&chain);
+        writer.write(answer);
+        writer.written()
+    };
+    queue.add_used(chain, written);
+}
+
+impl Worker for EchoWorker {
+    type Msg = ();
+
+    fn queue_ready(&mut self, number: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let Some(queue) = lane.queues.get(number) else { return Ok(()) };
+        while let Some(chain) = queue.pop() {
+            self.count = self.count.wrapping_add(1);
+            let mut request = vec![0; 4096];
+            let n = queue.reader(&chain).read(&mut request);
+            request.truncate(n);
+            match *request.as_slice() {
+                [ask::HOLD, ..] => self.held.push((number, chain)),
+                [ask::CLING, ..] => self.clung.push(chain),
+                [ask::PANIC, ..] => panic!("asked to panic"),
+                [ask::FAIL, ..] => return Err(DeviceError::new("asked to fail")),
+                [ask::CONFIGURE, value, ..] => {
+                    let _ = self.config.set(0, &[value]);
+                    lane.up.config_changed();
+                    answer(queue, chain, &request);
+                }
+                [ask::COUNT, ..] => answer(queue, chain, &[self.count]),
+                [ask::BLOCK, milliseconds, ..] => {
+                    std::thread::sleep(std::time::Duration::from_millis(milliseconds.into()));
+                    answer(queue, chain, &request);
+                }
+                _ => answer(queue, chain, &request),
+            }
+        }
+        Ok(())
+    }
+
+    fn queue_stop(&mut self, number: u16, _how: Stop, lane: &mut Lane<'_>) {
+        let Some(queue) = lane.queues.get(number) else { return };
+        let (done, kept) = std::mem::take(&mut self.held).into_iter().partition(|(of, _)| *of == number);
+        self.held = kept;
+        let done: Vec<(u16, Chain)> = done;
+        for (_, chain) in done {
+            answer(queue, chain, b"held");
+        }
+    }
+}

@@ -260,7 +260,11 @@ impl<D: VirtioDevice> MemoryHost<D> {
 
     /// One turn of every lane, without waiting. Returns whether anything was done.
     pub fn step(&mut self) -> bool {
-        self.lanes.iter_mut().fold(false, |worked, lane| lane.turn(Some(Duration::ZERO)) || worked)
+        let mut worked = false;
+        for lane in &mut self.lanes {
+            worked |= lane.turn(Some(Duration::ZERO));
+        }
+        worked
     }
 
     /// Runs the device until it has nothing to do, and checks what it owes.

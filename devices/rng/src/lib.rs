@@ -1,1 +1,68 @@
-//! The virtio entropy device (type 4).
+//! The virtio entropy device (type 4, virtio 1.4 section 5.4): one queue, `requestq`, whose buffers the device fills
+//! with random bytes. No features, no configuration, nothing to keep over a reset.
+//!
+//! | module | what for |
+//! |---|---|
+//! | [`Entropy`] (`backend/`) | where bytes come from: the kernel, a file or device, a seeded generator |
+//! | [`RateLimit`] (`limit.rs`) | so many bytes in a period |
+//! | [`RngWorker`] (`worker.rs`) | serves the queue |
+//!
+//! Two rules shape the worker: a request is answered with at least one byte or not yet (5.4.6.2), and nothing ever
+//! sleeps. So a request that cannot be served now - the source has nothing, the period's bytes are spent - stays in
+//! the ring, where a stop or reset finds nothing to wait for, until a timer or the source's file says to look again.
+mod backend;
+mod limit;
+mod worker;
+
+use std::io;
+
+use reactor::Mail;
+use vm_virtio::{DeviceError, DeviceType, Features, QueueSpec, VirtioDevice};
+
+pub use backend::{Entropy, OpenError};
+pub use limit::{LimitError, RateLimit};
+pub use worker::{MAX_REQUEST, RngWorker};
+
+/// Entries of the request queue, at most.
+pub const QUEUE_SIZE: u16 = 1024;
+
+/// The entropy device of one guest.
+pub struct Rng {
+    worker: Option<RngWorker>,
+}
+
+impl Rng {
+    /// A device that serves guest number `guest` from `entropy`. `limit` holds for this guest alone: what several
+    /// share is divided by [`RateLimit::share`] before.
+    ///
+    /// # Errors
+    /// Without descriptors left.
+    pub fn new(entropy: &Entropy, guest: u32, limit: Option<RateLimit>) -> io::Result<Rng> {
+        Ok(Rng { worker: Some(RngWorker::new(entropy.source(guest)?, limit)) })
+    }
+}
+
+impl VirtioDevice for Rng {
+    type Worker = RngWorker;
+
+    fn device_type(&self) -> DeviceType {
+        DeviceType::ENTROPY
+    }
+
+    fn features(&self) -> Features {
+        Features::empty()
+    }
+
+    fn queues(&self, _features: Features) -> Vec<QueueSpec> {
+        vec![QueueSpec { name: "requestq", max_size: QUEUE_SIZE, lane: 0 }]
+    }
+
+    fn workers(&mut self, _mail: &[Mail<()>]) -> Result<Vec<RngWorker>, DeviceError> {
+        let worker = self.worker.take().ok_or_else(|| DeviceError::new("the worker was made before"))?;
+        Ok(vec![worker])
+    }
+
+    fn reset(&mut self, workers: &mut [RngWorker]) {
+        workers.iter_mut().for_each(RngWorker::reset);
+    }
+}

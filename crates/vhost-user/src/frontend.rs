@@ -184,10 +184,13 @@ impl FrontendEndpoint {
         let length = length.ok_or(Error::Argument("size"))?;
         let config = ConfigHeader { offset, size, flags };
         let reply = self.call(code, &[config.as_bytes(), &vec![0; length]])?;
-        if reply.body.is_empty() {
-            return Err(Error::Refused { code: code.code(), value: 0 });
-        }
+        // "Zero length of payload to indicate an error": that of the message, or that of the configuration space
+        // within it. Back-ends do either.
         match ConfigHeader::read_from_prefix(&reply.body) {
+            Ok((got, [])) if got.size == 0 && size != 0 => {
+                Err(Error::Refused { code: code.code(), value: 0 })
+            }
+            Err(_) if reply.body.is_empty() => Err(Error::Refused { code: code.code(), value: 0 }),
             Ok((got, data)) if got.size == size && got.offset == offset && data.len() == length => {
                 Ok(data.to_vec())
             }

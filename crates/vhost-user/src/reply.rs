@@ -77,7 +77,9 @@ impl ReplyTicket {
             {
                 Ok(Some(header::message(code, flags::REPLY, &[self.config.as_bytes(), data])))
             }
-            // "Zero length of payload to indicate an error".
+            // "Zero length of payload to indicate an error": QEMU takes any other length than the right one for an
+            // error. The front-end of the `vhost` crate waits for the full length whatever comes, so a host does well
+            // to fail only where there is nothing else to say.
             (ReplyKind::Config, Answer::Failed) => Ok(Some(header::message(code, flags::REPLY, &[]))),
             (_, Answer::Failed) => Err(Error::CannotFail { code }),
             _ => Err(Error::WrongAnswer { code }),

@@ -13,9 +13,6 @@ const IDENTITY: Identity = Identity::new("vhost-device-rng", "rng", env!("CARGO_
 #[derive(clap::Parser)]
 #[command(name = IDENTITY.name, version)]
 struct Args {
-    #[command(flatten)]
-    common: CommonArgs,
-
     /// File, character device or named pipe to take bytes from [default: the kernel's generator, as /dev/urandom]
     #[arg(short = 'f', long, visible_alias = "filename", value_name = "PATH")]
     rng_source: Option<PathBuf>,
@@ -31,6 +28,9 @@ struct Args {
     /// INSECURE, for tests: bytes from a generator that gives the same for the same N
     #[arg(long, value_name = "N", conflicts_with = "rng_source")]
     seed: Option<u64>,
+
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 impl Args {

@@ -10,7 +10,7 @@ fn ram() -> TestRam {
 }
 
 fn driver(ram: &TestRam, layout: RingLayout, extra: Features) -> RingDriver {
-    RingDriver::new(ram, layout, 8, layout.features() - Features::EVENT_IDX | extra)
+    RingDriver::new(ram, layout, 8, (layout.features() - Features::EVENT_IDX) | extra)
 }
 
 fn split(ram: &TestRam) -> RingDriver {

@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -79,12 +80,21 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) host: Rc<Host>,
     /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
     pub(crate) stopped_at: RefCell<Vec<Option<u32>>>,
+    /// Failures of workers that were told to a front-end.
+    failures_told: Cell<u64>,
 }
 
 impl<D: VirtioDevice> Guest<D> {
     pub(crate) fn new(index: u32, engine: Engine<D>, events: Arc<Events>, host: Rc<Host>) -> Guest<D> {
         let rings = engine.queues().len();
-        Guest { index, engine, events, host, stopped_at: RefCell::new(vec![None; rings]) }
+        Guest {
+            index,
+            engine,
+            events,
+            host,
+            stopped_at: RefCell::new(vec![None; rings]),
+            failures_told: Cell::new(0),
+        }
     }
 
     pub(crate) fn tokens(&self) -> Tokens {
@@ -180,6 +190,12 @@ impl<D: VirtioDevice> Guest<D> {
             // Flags and whatever comes later are not for the log.
             _ => {}
         }
+    }
+
+    /// Whether a worker failed since the last call.
+    pub(crate) fn worker_failed(&self) -> bool {
+        let failures = self.engine.failures().worker_failures.load(Ordering::Relaxed);
+        self.failures_told.replace(failures) != failures
     }
 
     /// A reset happened: rings that begin at the beginning from here on mean nothing.

@@ -251,21 +251,19 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
 
     /// Errors of rings to their error files, changes of the configuration space to the front-end.
     fn pass_on_events(&mut self) {
-        let mut after_fault = false;
         for event in self.guest.events.take() {
             self.guest.log_event(&event);
             match event {
                 HostEvent::QueueFault { queue, .. } => {
-                    after_fault = true;
                     if let Some(ring) = self.rings.get(usize::from(queue)) {
                         ring.signal_error();
                     }
                 }
-                // A device that gave up serves no ring; after a fault of one ring, the others go on.
-                HostEvent::NeedsReset { .. } if !after_fault => {
+                // A worker that failed serves no ring any more. After the fault of one ring the others go on.
+                HostEvent::NeedsReset { .. } if self.guest.worker_failed() => {
                     self.rings.iter().filter(|ring| ring.running.is_some()).for_each(Ring::signal_error);
                 }
-                _ => after_fault = false,
+                _ => {}
             }
         }
         // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.

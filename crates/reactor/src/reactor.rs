@@ -12,6 +12,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -40,7 +41,6 @@ pub struct Reactor {
     free: Vec<u32>,
     by_token: HashMap<Token, u32>,
     collected: VecDeque<(u64, EventFlags)>,
-    buffer: Vec<epoll::Event>,
 }
 
 #[derive(Default)]
@@ -68,7 +68,6 @@ impl Reactor {
             free: Vec::new(),
             by_token: HashMap::new(),
             collected: VecDeque::new(),
-            buffer: Vec::with_capacity(BATCH),
         })
     }
 
@@ -152,16 +151,16 @@ impl Reactor {
             tv_nsec: t.subsec_nanos() as _,
         });
         self.timers.settle();
-        self.buffer.clear();
-        let spare = rustix::buffer::spare_capacity(&mut self.buffer);
-        match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
-            Ok(_) => {}
+        // On the stack: rustix's event is not `Send`, and a reactor moves to its thread.
+        let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); BATCH];
+        let events = match epoll::wait(&self.epoll, &mut buffer[..], timeout.as_ref()) {
+            Ok((events, _)) => events,
             // A signal: its handler has run, and the caller decides what comes next.
             Err(Errno::INTR) => return Ok(()),
             Err(error) => return Err(error.into()),
-        }
+        };
         let mut fired = false;
-        for event in self.buffer.drain(..) {
+        for event in events {
             let (data, flags) = (event.data, event.flags);
             match data.u64() {
                 TIMER_KEY => fired = true,
@@ -206,6 +205,11 @@ impl Reactor {
         }
     }
 }
+
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Reactor>();
+};
 
 impl AsFd for Reactor {
     fn as_fd(&self) -> BorrowedFd<'_> {

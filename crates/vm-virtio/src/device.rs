@@ -220,7 +220,12 @@ pub trait Worker: Send + 'static {
     }
 
     /// A file that the worker watches is ready.
-    fn source_ready(&mut self, token: Token, ready: Readiness, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+    fn source_ready(
+        &mut self,
+        token: Token,
+        ready: Readiness,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
         let _ = (token, ready, lane);
         Ok(())
     }

@@ -13,11 +13,13 @@
 //! ```
 use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
 use crate::lane::{
-    Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, Shared, StartError,
-    StopError, WaitFor,
+    Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, Shared,
+    StartError, StopError, WaitFor,
 };
 use crate::ticket::{Completer, Ticket, ticket};
-use crate::{ConfigError, ConfigSpace, DeviceType, Features, GuestRam, Queue, QueueConfig, QueueState, Status};
+use crate::{
+    ConfigError, ConfigSpace, DeviceType, Features, GuestRam, Queue, QueueConfig, QueueState, Status,
+};
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -161,7 +163,8 @@ impl<D: VirtioDevice> Engine<D> {
             let (commands, orders) = channel();
             let waker = Waker::new()?;
             lanes.push(LaneHandle { commands, waker: waker.clone() });
-            let queues = (0..).zip(&specs).filter(|(_, spec)| spec.lane == index).map(|(queue, _)| queue).collect();
+            let queues =
+                (0..).zip(&specs).filter(|(_, spec)| spec.lane == index).map(|(queue, _)| queue).collect();
             runners.push(LaneRunner::new(LaneParts {
                 index,
                 queues,
@@ -180,7 +183,11 @@ impl<D: VirtioDevice> Engine<D> {
             device: Mutex::new(device),
             offered,
             specs,
-            control: Mutex::new(Control { driver: Features::empty(), ram: GuestRam::empty(), resetting: None }),
+            control: Mutex::new(Control {
+                driver: Features::empty(),
+                ram: GuestRam::empty(),
+                resetting: None,
+            }),
             lanes,
             shared,
         };
@@ -343,7 +350,12 @@ impl<D: VirtioDevice> Engine<D> {
 
     /// Stops a queue; the ticket holds where it stopped. After `deadline` (none: [`STOP_DEADLINE`]) chains that are
     /// still out are given up.
-    pub fn stop(&self, queue: u16, how: Stop, deadline: Option<Instant>) -> Ticket<Result<QueueState, StopError>> {
+    pub fn stop(
+        &self,
+        queue: u16,
+        how: Stop,
+        deadline: Option<Instant>,
+    ) -> Ticket<Result<QueueState, StopError>> {
         let Some(lane) = self.lane(queue) else {
             return Ticket::ready(Err(StopError::NotStarted(queue)));
         };
@@ -383,6 +395,8 @@ impl<D: VirtioDevice> Engine<D> {
             return ticket;
         }
         control.resetting = Some(vec![done]);
+        // A lane that is gone ends the reset at once, in `ResetOver`, which takes the lock.
+        drop(control);
         let core = self.0.clone();
         let agenda = move |workers: &mut [D::Worker], stuck: bool| {
             // If the device panics half-way, this is what remains.

@@ -26,12 +26,13 @@ mod ticket;
 
 pub use config::{ConfigError, ConfigSpace};
 pub use device::{
-    ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice, Worker,
+    ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice,
+    Worker,
 };
 pub use engine::{Engine, EngineError, EngineOptions, FeatureError, QueueStart};
 pub use features::{DeviceType, Features};
+pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};
 pub use status::Status;
-pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use ticket::Ticket;

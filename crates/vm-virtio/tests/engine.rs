@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_virtio::{
-    Chain, ConfigSpace, ConfigWriter, DeviceError, DeviceType, Engine, EngineError, EngineOptions, FeatureError,
-    Features, HostEvent, HostEvents, Interrupt, Kick, Lane, LaneRunner, QueueSpec, QueueStart, Session, StartError,
-    Status, Stop, StopError, Ticket, VirtioDevice, WaitFor, Worker,
+    Chain, ConfigSpace, ConfigWriter, DeviceError, DeviceType, Engine, EngineError, EngineOptions,
+    FeatureError, Features, HostEvent, HostEvents, Interrupt, Kick, Lane, LaneRunner, QueueSpec, QueueStart,
+    Session, StartError, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor, Worker,
 };
 
 const OWN_FEATURE: Features = Features::from_bits_retain(1 << 5);
@@ -73,7 +73,10 @@ impl VirtioDevice for Puppet {
         !driver.contains(PICKY_FEATURE) || driver.contains(OWN_FEATURE)
     }
     fn queues(&self, _: Features) -> Vec<QueueSpec> {
-        vec![QueueSpec { name: "left", max_size: 64, lane: 0 }, QueueSpec { name: "right", max_size: 16, lane: 1 }]
+        vec![
+            QueueSpec { name: "left", max_size: 64, lane: 0 },
+            QueueSpec { name: "right", max_size: 16, lane: 1 },
+        ]
     }
     fn config(&self) -> Arc<ConfigSpace> {
         self.config.clone()
@@ -84,7 +87,9 @@ impl VirtioDevice for Puppet {
     fn workers(&mut self, mail: &[Mail<Mode>]) -> Result<Vec<Strings>, DeviceError> {
         *self.mail.lock().unwrap() = mail.to_vec();
         let journal = &self.journal;
-        Ok((0..2).map(|lane| Strings { lane, mode: Mode::Echo, held: vec![], journal: journal.clone() }).collect())
+        Ok((0..2)
+            .map(|lane| Strings { lane, mode: Mode::Echo, held: vec![], journal: journal.clone() })
+            .collect())
     }
     fn reset(&mut self, workers: &mut [Strings]) {
         self.journal.note(format!("reset {:?}", workers.iter().map(|w| w.lane).collect::<Vec<_>>()));
@@ -211,7 +216,8 @@ impl Rig {
         let (engine, lanes) = Engine::new(device, options).unwrap();
         let ram = TestRam::new(&[(0, 0x10_0000)]);
         let features = layout.features();
-        let rings = vec![RingDriver::new(&ram, layout, 64, features), RingDriver::new(&ram, layout, 16, features)];
+        let rings =
+            vec![RingDriver::new(&ram, layout, 64, features), RingDriver::new(&ram, layout, 16, features)];
         let bells = vec![Arc::default(), Arc::default()];
         Rig { engine, lanes, ram, rings, bells, ear, journal, mail, config, panics_in_reset, layout }
     }
@@ -231,7 +237,9 @@ impl Rig {
         assert!(self.engine.status().contains(Status::DRIVER_OK));
         self.journal.take();
         self.ear.take();
-        self.bells.iter().for_each(|bell| drop(bell.take()));
+        for bell in &self.bells {
+            bell.take();
+        }
     }
 
     fn negotiate(&mut self) {
@@ -343,7 +351,8 @@ fn common_2_1_1_status_bits_are_not_cleared_but_by_reset() {
 
 #[test]
 fn common_2_2_2_features_that_were_not_offered_are_refused() {
-    let rig = Rig::bare(RingLayout::Split, |options| options.without = Features::RING_PACKED | Features::VERSION_1);
+    let rig =
+        Rig::bare(RingLayout::Split, |options| options.without = Features::RING_PACKED | Features::VERSION_1);
     let offered = rig.engine.offered();
     assert!(!offered.contains(Features::RING_PACKED), "withheld");
     assert!(offered.contains(Features::VERSION_1), "6.2: must be offered, whatever is withheld");
@@ -438,7 +447,11 @@ fn a_disabled_queue_pops_nothing_but_takes_completions() {
         assert_eq!(rig.rings[0].used(), None);
         let on = rig.engine.enable(0, true);
         rig.done(on);
-        assert_eq!(rig.rings[0].used().map(|used| used.id), Some(waiting), "scanned when enabled, without a kick");
+        assert_eq!(
+            rig.rings[0].used().map(|used| used.id),
+            Some(waiting),
+            "scanned when enabled, without a kick"
+        );
     });
 }
 
@@ -487,7 +500,10 @@ fn policy_1_a_broken_ring_stops_alone_and_works_after_reset() {
     let mut rig = Rig::new(RingLayout::Split);
     rig.rings[0].split().set_avail_idx(1000);
     rig.kick(0);
-    assert!(matches!(rig.ear.take()[..], [HostEvent::QueueFault { queue: 0, .. }, HostEvent::NeedsReset { .. }]));
+    assert!(matches!(
+        rig.ear.take()[..],
+        [HostEvent::QueueFault { queue: 0, .. }, HostEvent::NeedsReset { .. }]
+    ));
     assert!(rig.engine.status().contains(Status::DEVICE_NEEDS_RESET));
     assert_eq!(rig.engine.failures().queue_faults.load(Ordering::Relaxed), 1);
     rig.kick(0);
@@ -685,8 +701,7 @@ fn spinning_lanes_serve_without_kicks_and_still_sleep() {
 fn a_ring_without_kick_file_is_polled() {
     let mut rig = Rig::bare(RingLayout::Split, |_| {});
     rig.negotiate();
-    let start =
-        QueueStart { config: rig.rings[0].queue_config(), state: None, kick: Kick::Poll, call: None };
+    let start = QueueStart { config: rig.rings[0].queue_config(), state: None, kick: Kick::Poll, call: None };
     let ticket = rig.engine.start(0, start);
     rig.done(ticket).unwrap();
     let ticket = rig.engine.enable(0, true);

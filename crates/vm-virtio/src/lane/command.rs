@@ -1,9 +1,9 @@
 //! What the engine tells a lane, and where workers meet the device.
 use crate::device::{Session, Stop, Worker};
+use crate::lane::Call;
 use crate::lane::{Kick, StartError, StopError};
 use crate::ticket::Completer;
 use crate::{GuestRam, Queue, QueueState};
-use crate::lane::Call;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,17 +20,46 @@ pub enum WaitFor {
 
 /// An order to a lane. Orders are carried out in the order in which they were given.
 pub(crate) enum Command<W: Worker> {
-    Start { queue: u16, ring: Box<Queue>, kick: Kick, call: Call, done: Completer<Result<(), StartError>> },
-    Enable { queue: u16, on: bool, done: Completer<()> },
-    SetCall { queue: u16, call: Call, done: Completer<()> },
-    Stop { queue: u16, how: Stop, deadline: Instant, done: Completer<Result<QueueState, StopError>> },
+    Start {
+        queue: u16,
+        ring: Box<Queue>,
+        kick: Kick,
+        call: Call,
+        done: Completer<Result<(), StartError>>,
+    },
+    Enable {
+        queue: u16,
+        on: bool,
+        done: Completer<()>,
+    },
+    SetCall {
+        queue: u16,
+        call: Call,
+        done: Completer<()>,
+    },
+    Stop {
+        queue: u16,
+        how: Stop,
+        deadline: Instant,
+        done: Completer<Result<QueueState, StopError>>,
+    },
     /// Complete when the last holder of `done` is gone.
-    Memory { ram: GuestRam, wait: WaitFor, done: Arc<Completer<()>> },
+    Memory {
+        ram: GuestRam,
+        wait: WaitFor,
+        done: Arc<Completer<()>>,
+    },
     /// DRIVER_OK.
-    Activate { session: Session, done: Arc<Completer<()>> },
+    Activate {
+        session: Session,
+        done: Arc<Completer<()>>,
+    },
     Kick(u16),
     /// Stop everything, hand in the worker.
-    CheckIn { meeting: Arc<Meeting<W>>, deadline: Instant },
+    CheckIn {
+        meeting: Arc<Meeting<W>>,
+        deadline: Instant,
+    },
     /// The worker comes back.
     Return(W),
     Shutdown,

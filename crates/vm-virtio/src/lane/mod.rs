@@ -233,12 +233,8 @@ impl<W: Worker> LaneRunner<W> {
                 timeout = Some(Duration::ZERO);
             }
         }
-        let polled = |(ring, slot): (&Ring, &(u16, Option<Queue>))| matches!(ring.kick, Kick::Poll) && slot.1.is_some();
-        if self.live && self.rings.iter().zip(&self.queues.slots).any(polled) {
+        if self.live && (0..self.rings.len()).any(|at| self.polled(at)) {
             timeout = Some(timeout.map_or(POLL_INTERVAL, |limit| limit.min(POLL_INTERVAL)));
-            for ring in self.rings.iter_mut().filter(|ring| matches!(ring.kick, Kick::Poll)) {
-                ring.ready = true;
-            }
         }
         let slept = (timeout != Some(Duration::ZERO) && self.spinner.is_some()).then(Instant::now);
         if let Err(error) = self.reactor.wait(timeout) {
@@ -249,7 +245,17 @@ impl<W: Worker> LaneRunner<W> {
         if let (Some(slept), Some(spinner)) = (slept, self.spinner.as_mut()) {
             spinner.woke(slept.elapsed());
         }
+        for at in 0..self.rings.len() {
+            if self.polled(at) && self.queue(at).is_some_and(|queue| queue.has_available()) {
+                self.rings[at].ready = true;
+            }
+        }
         Some(worked)
+    }
+
+    /// Whether the lane has to look into this ring by itself.
+    fn polled(&self, at: usize) -> bool {
+        self.serves(at) && self.rings.get(at).is_some_and(|ring| matches!(ring.kick, Kick::Poll))
     }
 
     /// Polls before sleeping (bounded and adaptive). True: there is work.
@@ -301,7 +307,8 @@ impl<W: Worker> LaneRunner<W> {
                 true
             }
             Event::Ready { token, .. } if token.is_host() => {
-                if let Some(ring) = self.rings.iter_mut().find(|ring| u32::from(ring.index) == token.number()) {
+                if let Some(ring) = self.rings.iter_mut().find(|ring| u32::from(ring.index) == token.number())
+                {
                     ring.ready = true;
                 }
                 true
@@ -562,7 +569,13 @@ impl<W: Worker> LaneRunner<W> {
         self.up.shared.needs_reset(reason);
     }
 
-    fn move_to(&mut self, at: usize, ram: &GuestRam, wait: WaitFor, done: &Arc<crate::ticket::Completer<()>>) {
+    fn move_to(
+        &mut self,
+        at: usize,
+        ram: &GuestRam,
+        wait: WaitFor,
+        done: &Arc<crate::ticket::Completer<()>>,
+    ) {
         let Some(queue) = self.queue(at) else { return };
         if !wait.satisfied(queue.outstanding()) {
             self.rings[at].moving = Some((ram.clone(), done.clone()));
@@ -578,7 +591,8 @@ impl<W: Worker> LaneRunner<W> {
 
     fn progress_moves(&mut self) {
         for at in 0..self.rings.len() {
-            if self.rings[at].moving.is_none() || self.queue(at).is_some_and(|queue| queue.outstanding() > 0) {
+            if self.rings[at].moving.is_none() || self.queue(at).is_some_and(|queue| queue.outstanding() > 0)
+            {
                 continue;
             }
             if let Some((ram, done)) = self.rings[at].moving.take() {

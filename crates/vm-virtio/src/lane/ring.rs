@@ -1,6 +1,6 @@
 //! What a lane knows of one queue beside the queue itself, and the types of its life cycle.
-use crate::lane::command::WaitFor;
 use crate::device::Stop;
+use crate::lane::command::WaitFor;
 use crate::ticket::Completer;
 use crate::{GuestRam, QueueError, QueueState};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};

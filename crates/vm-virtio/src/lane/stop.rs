@@ -63,7 +63,9 @@ impl<W: Worker> LaneRunner<W> {
         let mut next: Option<Instant> = None;
         let mut now = None;
         for at in 0..self.rings.len() {
-            let Some(deadline) = self.rings[at].stopping.as_ref().map(|stopping| stopping.deadline) else { continue };
+            let Some(deadline) = self.rings[at].stopping.as_ref().map(|stopping| stopping.deadline) else {
+                continue;
+            };
             let idle = self.queue(at).is_none_or(|queue| queue.outstanding() == 0);
             // Nobody is left to complete the chains of a failed worker.
             let over = idle || self.failed || *now.get_or_insert_with(Instant::now) >= deadline;

@@ -44,6 +44,7 @@ use gather::Gather;
 use in_order::{InOrder, Run};
 use packed::Packed;
 use split::Split;
+use std::cell::Cell;
 
 pub use chain::{Chain, ChainId};
 pub use config::{MAX_QUEUE_SIZE, QueueConfig};
@@ -103,8 +104,8 @@ pub struct Queue {
     closed: bool,
     budget: u32,
     fault: Option<QueueError>,
-    /// Whether the last pop found the ring empty.
-    drained: bool,
+    /// Whether the ring was seen empty in this turn, after the last successful pop.
+    drained: Cell<bool>,
     counters: QueueCounters,
     config: QueueConfig,
     /// Chains of the state that the queue began with, not yet adopted.
@@ -146,7 +147,7 @@ impl Queue {
             closed: false,
             budget: u32::MAX,
             fault: None,
-            drained: false,
+            drained: Cell::new(false),
             counters: QueueCounters::default(),
             config,
             unclaimed: Vec::new(),
@@ -174,7 +175,7 @@ impl Queue {
         let shape = match head {
             Ok(Some((id, descs))) => chain.finish(id, descs),
             Ok(None) => {
-                self.drained = true;
+                self.drained.set(true);
                 return None;
             }
             Err(error) => Err(error),
@@ -191,7 +192,7 @@ impl Queue {
         if let Some(in_order) = &mut self.in_order {
             in_order.order.push_back(self.arena.index_of(slot));
         }
-        self.drained = false;
+        self.drained.set(false);
         self.allowance -= 1;
         self.counters.popped += 1;
         Some(chain)
@@ -369,17 +370,23 @@ impl Queue {
     /// not matter. Cheap: for spinning.
     #[inline]
     pub fn has_available(&self) -> bool {
-        !self.closed
-            && self.fault.is_none()
-            && match &self.ring {
-                Ring::Split(ring) => ring.has_available(),
-                Ring::Packed(ring) => ring.has_available(),
-            }
+        if self.closed || self.fault.is_some() {
+            return false;
+        }
+        let available = match &self.ring {
+            Ring::Split(ring) => ring.has_available(),
+            Ring::Packed(ring) => ring.has_available(),
+        };
+        if !available {
+            self.drained.set(true);
+        }
+        available
     }
 
     /// How many chains may be popped from now on, until this is set again; `u32::MAX`: any number.
     pub fn set_budget(&mut self, chains: u32) {
         self.budget = chains;
+        self.drained.set(false);
         self.allowance = if self.closed || self.fault.is_some() { 0 } else { chains };
     }
 
@@ -405,10 +412,10 @@ impl Queue {
         self.closed
     }
 
-    /// Whether the last [`Self::pop`] found that the driver had made nothing more available: the device is not the one
-    /// that stopped.
+    /// Whether the ring was seen empty, by [`Self::pop`] or [`Self::has_available`], since the budget was last set and
+    /// since the last successful pop: it is not the device that left something.
     pub fn drained(&self) -> bool {
-        self.drained
+        self.drained.get()
     }
 
     /// Chains that are out: neither completed, discarded, put back nor dropped. Takes back those that were dropped, so

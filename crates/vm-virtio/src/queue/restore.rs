@@ -84,6 +84,8 @@ impl Queue {
                 }
             }
         }
+        // The chain that was popped last may be long gone: none of these can be put back.
+        self.seq = self.seq.wrapping_add(1);
         Ok(())
     }
 }

@@ -23,6 +23,7 @@ use crate::{
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -95,6 +96,9 @@ struct Core<D: VirtioDevice> {
     shared: Arc<Shared>,
 }
 
+/// The engine of a device and the runners of its lanes.
+pub type EngineAndLanes<D> = (Engine<D>, Vec<LaneRunner<<D as VirtioDevice>::Worker>>);
+
 /// A device under the rules of virtio. Dropping it ends its lanes.
 pub struct Engine<D: VirtioDevice>(Arc<Core<D>>);
 
@@ -134,10 +138,7 @@ fn check_specs(specs: &[QueueSpec]) -> Result<u16, EngineError> {
 
 impl<D: VirtioDevice> Engine<D> {
     /// Puts a device under the engine. The runners, one per lane, are the caller's to place on threads.
-    pub fn new(
-        mut device: D,
-        options: EngineOptions,
-    ) -> Result<(Engine<D>, Vec<LaneRunner<D::Worker>>), EngineError> {
+    pub fn new(mut device: D, options: EngineOptions) -> Result<EngineAndLanes<D>, EngineError> {
         let own = device.features();
         if own.intersects(Features::NOT_A_DEVICES) {
             return Err(EngineError::Description(format!(
@@ -298,7 +299,7 @@ impl<D: VirtioDevice> Engine<D> {
         match catch_unwind(AssertUnwindSafe(|| call(&mut device))) {
             Ok(result) => Some(result),
             Err(_) => {
-                self.0.shared.failures.worker_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.0.shared.failures.worker_failures.fetch_add(1, Ordering::Relaxed);
                 self.0.shared.needs_reset(format!("the device panicked in {what}"));
                 None
             }
@@ -322,7 +323,12 @@ impl<D: VirtioDevice> Engine<D> {
         let control = lock(&self.0.control);
         let ring = match Queue::new(start.config, &control.ram, control.driver, start.state) {
             Ok(ring) => Box::new(ring),
-            Err(error) => return Ticket::ready(Err(error.into())),
+            Err(error) => {
+                // Size and addresses are the driver's: as bad as a broken ring (failure policy 1).
+                self.0.shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
+                self.0.shared.needs_reset(format!("queue {queue} cannot start: {error}"));
+                return Ticket::ready(Err(error.into()));
+            }
         };
         // Under the lock, so that a memory change comes before or after, not between.
         let (done, ticket) = ticket(Err(StartError::Gone));

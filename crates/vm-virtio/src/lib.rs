@@ -29,7 +29,7 @@ pub use device::{
     ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice,
     Worker,
 };
-pub use engine::{Engine, EngineError, EngineOptions, FeatureError, QueueStart};
+pub use engine::{Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, QueueStart};
 pub use features::{DeviceType, Features};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, GuestAddress, GuestRam, MemFault, Segment};

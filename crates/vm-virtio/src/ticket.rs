@@ -35,7 +35,8 @@ pub(crate) struct Completer<T> {
 
 /// A ticket and its other end. `fallback` is the answer if the other end is lost, e.g. with its thread.
 pub(crate) fn ticket<T>(fallback: T) -> (Completer<T>, Ticket<T>) {
-    let inner = Arc::new(Inner { state: Mutex::new(State { value: None, waker: None }), done: Condvar::new() });
+    let inner =
+        Arc::new(Inner { state: Mutex::new(State { value: None, waker: None }), done: Condvar::new() });
     (Completer { inner: inner.clone(), fallback: Some(fallback) }, Ticket(inner))
 }
 

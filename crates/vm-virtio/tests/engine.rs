@@ -636,6 +636,15 @@ fn starts_that_make_no_sense_are_refused() {
     let unwatchable = QueueStart { kick: Kick::Fd(file), ..start(&rig, 0) };
     let ticket = rig.engine.start(0, unwatchable);
     assert!(matches!(rig.done(ticket), Err(StartError::Kick(_))), "a regular file is no kick");
+    assert!(
+        !rig.engine.status().contains(Status::DEVICE_NEEDS_RESET),
+        "nothing of that was the driver's doing"
+    );
+    let mut astray = start(&rig, 0);
+    astray.config.desc = vm_virtio::GuestAddress(0x9000_0000);
+    let ticket = rig.engine.start(0, astray);
+    assert!(matches!(rig.done(ticket), Err(StartError::Queue(_))));
+    assert!(rig.engine.status().contains(Status::DEVICE_NEEDS_RESET));
 }
 
 fn tempfile() -> std::os::fd::OwnedFd {

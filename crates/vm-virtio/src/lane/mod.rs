@@ -522,7 +522,7 @@ impl<W: Worker> LaneRunner<W> {
             let polled = matches!(ring.kick, Kick::Poll);
             let Some(queue) = self.queue(at) else { continue };
             // A worker that stopped popping before the ring was empty comes back by itself; kicks would be noise.
-            if polled || !(queue.drained() || !queue.has_available()) {
+            if polled || (!queue.drained() && queue.has_available()) {
                 continue;
             }
             let more = queue.arm();

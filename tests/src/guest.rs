@@ -108,13 +108,12 @@ impl Guest {
         self.args(["-device", device])
     }
 
-    /// Adds a vhost-user device whose back-end listens on `socket`; QEMU connects again within 100 ms when the
-    /// back-end goes away.
+    /// Adds a vhost-user device whose back-end listens on `socket`.
     #[must_use]
     pub fn vhost_user(mut self, device: &str, socket: &Path) -> Self {
         let id = format!("vhost{}", self.sockets);
         self.sockets += 1;
-        let chardev = format!("socket,id={id},path={},reconnect-ms=100", socket.display());
+        let chardev = format!("socket,id={id},path={}", socket.display());
         self.args(["-chardev", &chardev, "-device", &format!("{device},chardev={id}")])
     }
 
@@ -197,8 +196,7 @@ impl Guest {
         ] {
             command.args(["-chardev", &chardev, "-serial", &format!("chardev:{id}")]);
         }
-        command.args(["-chardev", &format!("socket,id=qmp,path={},server=on,wait=off", path("qmp"))]);
-        command.args(["-mon", "chardev=qmp,mode=control"]).args(&self.arguments);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))]).args(&self.arguments);
         command
     }
 

@@ -69,7 +69,7 @@ enum Task {
         #[arg(long)]
         offline: bool,
         /// Debian mirror to fetch from, instead of the one that this machine's apt uses
-        #[arg(long, value_name = "URL", conflicts_with = "offline")]
+        #[arg(long, value_name = "URL", value_parser = mirror, conflicts_with = "offline")]
         debian_mirror: Option<String>,
         /// Make everything again, also what is there
         #[arg(long, conflicts_with = "offline")]
@@ -78,6 +78,15 @@ enum Task {
         #[arg(long, exclusive = true)]
         path: bool,
     },
+}
+
+/// An address that apt can be given.
+fn mirror(text: &str) -> std::result::Result<String, String> {
+    let scheme = ["http://", "https://", "file:/", "mirror+file:/"];
+    if scheme.iter().any(|start| text.starts_with(start)) && !text.contains(char::is_whitespace) {
+        return Ok(text.trim_end_matches('/').to_owned());
+    }
+    Err("not an address of a mirror; write it as http://HOST/debian".to_owned())
 }
 
 fn main() -> ExitCode {

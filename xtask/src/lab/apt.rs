@@ -39,8 +39,13 @@ impl Apt {
             return Err(Error::new("cannot verify Debian packages", format!("{KEYRING} is not there"))
                 .fix("apt-get install debian-archive-keyring"));
         }
-        for sub in ["etc/preferences.d", "etc/trusted.gpg.d", "state/lists/partial", "cache/archives/partial"]
-        {
+        for sub in [
+            "etc/apt.conf.d",
+            "etc/preferences.d",
+            "etc/trusted.gpg.d",
+            "state/lists/partial",
+            "cache/archives/partial",
+        ] {
             let path = folder.join(sub);
             fs::create_dir_all(&path).map_err(|e| Error::file("make", &path, &e))?;
         }
@@ -62,7 +67,7 @@ impl Apt {
         let config = write(
             "apt.conf",
             format!(
-                "{network}Dir::Etc \"{at}/etc\";\nDir::Etc::Parts \"/nonexistent\";\n\
+                "{network}Dir::Etc \"{at}/etc\";\nDir::Etc::Parts \"{at}/etc/apt.conf.d\";\n\
                  Dir::Etc::netrc \"/etc/apt/auth.conf\";\nDir::Etc::netrcparts \"/etc/apt/auth.conf.d\";\n\
                  Dir::State \"{at}/state\";\nDir::State::status \"{at}/status\";\nDir::Cache \"{at}/cache\";\n\
                  APT::Architecture \"{ARCHITECTURE}\";\nAPT::Architectures {{ \"{ARCHITECTURE}\"; }};\n\

@@ -21,7 +21,7 @@ mod mirror;
 mod part;
 mod qemu;
 
-use part::Part;
+use part::{Building, Part};
 
 /// How the lab is to be made.
 #[derive(Debug, Default)]
@@ -86,7 +86,7 @@ fn make(folder: &Path, missing: &[(Part, String)], options: &Options) -> Result<
     room(folder, missing.iter().map(|(part, _)| part.needs).sum())?;
     install(&tools)?;
 
-    let private = folder.join(".building-apt");
+    let private = Building::new(folder, "apt")?;
     let apt = if fetched {
         let mirror = options.mirror.clone().map_or_else(mirror::of_this_machine, Ok)?;
         note(&format!(
@@ -94,7 +94,7 @@ fn make(folder: &Path, missing: &[(Part, String)], options: &Options) -> Result<
             apt::SUITE
         ));
         let mut step = Step::start("packages", "setting up");
-        let apt = apt::Apt::open(&private, &mirror, &mut step)?;
+        let apt = apt::Apt::open(&private.0, &mirror, &mut step)?;
         step.done("package lists read");
         Some(apt)
     } else {
@@ -113,7 +113,8 @@ fn make(folder: &Path, missing: &[(Part, String)], options: &Options) -> Result<
         })?;
         step.done(&stamp.line());
     }
-    part::sweep(folder)
+    drop(private);
+    Ok(())
 }
 
 /// Waits until no other run works on this lab.

@@ -88,11 +88,11 @@ impl Stamp {
     }
 }
 
-/// The folder in which a part comes to be; removed whatever happens.
-struct Building(PathBuf);
+/// A folder in which something comes to be; removed whatever happens.
+pub(crate) struct Building(pub(crate) PathBuf);
 
 impl Building {
-    fn new(lab: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn new(lab: &Path, name: &str) -> Result<Self> {
         let path = lab.join(format!("{BUILDING}{name}"));
         remove(&path)?;
         fs::create_dir(&path).map_err(|e| Error::file("make", &path, &e))?;

@@ -170,6 +170,7 @@ fn peers_all_daemons_a_guest_that_hangs_holds_up_no_other() {
     let daemon = TestDaemon::with(2, || Echo::new(8));
     let mut hanging = daemon.driver(0, RingLayout::Split);
     submit(&mut hanging, 0, &[ask::CLING]);
+    assert_eq!(ask(&mut hanging, 0, b"N"), [2], "it is taken");
     let waiting = std::thread::spawn(move || {
         let base = hanging.endpoint().get_vring_base(0).unwrap();
         (std::time::Instant::now(), base)
@@ -181,7 +182,7 @@ fn peers_all_daemons_a_guest_that_hangs_holds_up_no_other() {
     other.stop().unwrap();
     let done = std::time::Instant::now();
     let (drained, base) = waiting.join().unwrap();
-    assert_eq!(base, 1);
+    assert_eq!(base, 2);
     assert!(done < drained && started < drained, "meanwhile");
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use backplane_tests::interrupt;
+
 /// Shown to a person: every part is a sentence or the piece of one.
 #[derive(Debug)]
 pub(crate) struct Error {
@@ -23,6 +25,15 @@ impl Error {
     pub(crate) fn fix(mut self, fix: impl Into<String>) -> Self {
         self.fix = Some(fix.into());
         self
+    }
+
+    /// The same trouble, told as part of something larger; `fix` is for what has no advice of its own.
+    pub(crate) fn within(self, what: impl Into<String>, fix: &str) -> Self {
+        if interrupt::caught().is_some() {
+            return self;
+        }
+        let why = self.reason();
+        Self { what: what.into(), why, fix: self.fix.or_else(|| Some(fix.to_owned())) }
     }
 
     /// The error of doing something with a file; a full disk and missing rights come with their advice.

@@ -78,8 +78,7 @@ impl Apt {
         let apt = Self { config };
         step.doing(&format!("reading the package lists of Debian {SUITE}"));
         command::quiet(apt.get().args(["update", "--error-on=any"]), step).map_err(|e| {
-            Error::new(format!("cannot read the package lists of Debian {SUITE}"), e.reason())
-                .fix("check the network, or name another mirror: cargo xtask lab --debian-mirror http://HOST/debian")
+            e.within(format!("cannot read the package lists of Debian {SUITE}"), "check the network, or name another mirror: cargo xtask lab --debian-mirror http://HOST/debian")
         })?;
         Ok(apt)
     }
@@ -135,7 +134,8 @@ impl Apt {
         let mut get = self.get();
         get.arg("download").args(packages.iter().map(|p| &p.name)).current_dir(folder);
         command::run(&mut get, step, |_, _| (), |step| step.at(size_of(folder).min(total))).map_err(|e| {
-            Error::new(format!("cannot fetch packages of Debian {SUITE}"), e.reason()).fix(
+            e.within(
+                format!("cannot fetch packages of Debian {SUITE}"),
                 "try again; if it stays so, check the network or name another mirror with --debian-mirror",
             )
         })?;

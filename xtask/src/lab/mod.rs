@@ -194,7 +194,7 @@ fn install(tools: &[(&str, &str)]) -> Result<()> {
     let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
     install.args(&names);
     command::quiet(&mut install, &mut step)
-        .map_err(|e| Error::new("cannot install what the lab needs", e.reason()).fix(by_hand))?;
+        .map_err(|e| e.within("cannot install what the lab needs", &by_hand))?;
     let time = clock(step.elapsed());
     step.done(&format!("installed {} packages in {time}", names.len()));
     Ok(())

@@ -427,6 +427,59 @@ fn peers_rng_rate_limit_does_not_sleep_in_the_queue_thread() {
 }
 
 #[test]
+fn more_requests_than_a_turn_may_serve_wait_together_and_are_all_served() {
+    for layout in RingLayout::ALL {
+        // Held by the limit, and by a source without data: both come back outside of a kick.
+        let limit = RateLimit::new(65536, Duration::from_millis(300)).unwrap();
+        let (scratch, fifo) = Scratch::fifo(&format!("many-{layout:?}"));
+        let cases = [(Entropy::insecure_seeded(1), Some(limit)), (Entropy::open(&scratch.0).unwrap(), None)];
+        for (entropy, limit) in cases {
+            let device = Rng::new(&entropy, 0, limit).unwrap();
+            let mut host = MemoryHost::builder(device).layout(layout).queue_size(1024).start();
+            if limit.is_some() {
+                assert_eq!(ask_for(&mut host, 65536).0, 65536);
+            }
+            let buf = host.ram().writable(16);
+            for _ in 0..1024 {
+                host.ring(0).add(&[buf]);
+            }
+            host.kick(0);
+            host.settle();
+            assert_eq!(host.ring(0).used(), None);
+            let mut rest = 1024;
+            if limit.is_none() {
+                (&fifo).write_all(&[9; 16 * 1024]).unwrap();
+            }
+            assert!(host.run_until(SOON, |host| {
+                rest -= host.ring(0).drain().len();
+                rest == 0
+            }));
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_not_in_the_page_cache_is_fetched_without_waiting() {
+    let scratch = Scratch::new("cold");
+    let data: Vec<u8> = (0..1u32 << 20).map(|i| (i / 7) as u8).collect();
+    std::fs::write(&scratch.0, &data).unwrap();
+    let file = File::open(&scratch.0).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut host = host(RingLayout::Split, &Entropy::open(&scratch.0).unwrap(), None);
+    let mut at = 0;
+    while at < data.len() {
+        let buf = host.ram().writable(50_000);
+        host.ring(0).add(&[buf]);
+        host.kick(0);
+        let len = wait(&mut host) as usize;
+        assert_eq!(host.ram().contents(&buf)[..len], data[at..at + len]);
+        at += len;
+        host.ram().free(buf.addr);
+    }
+}
+
+#[test]
 fn a_reset_is_no_way_around_the_rate_limit() {
     let limit = RateLimit::new(64, Duration::from_secs(3600)).unwrap();
     let mut host = host(RingLayout::Split, &Entropy::insecure_seeded(1), Some(limit));

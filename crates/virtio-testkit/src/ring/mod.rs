@@ -3,7 +3,7 @@
 //!
 //! Invariants: a chain is *staged* (descriptors written, invisible), *in flight* (the device may use it) or done; what
 //! the device must not write (descriptors, indirect tables, device-readable elements, the driver area) is remembered
-//! and compared. The two layouts implement the small [`Layout`] interface; everything that holds for both is here.
+//! and compared. The two layouts share the small interface `Layout`; everything that holds for both is here.
 //!
 //! A test that breaks rules takes the raw ring: [`RingDriver::split`], [`RingDriver::packed`].
 mod packed;

@@ -92,6 +92,16 @@ fn readiness_tells_directions_and_the_other_ends_close() {
 }
 
 #[test]
+fn a_half_close_is_reported_to_somebody_who_reads() {
+    let mut reactor = Reactor::new().unwrap();
+    let (near, far) = UnixStream::pair().unwrap();
+    reactor.watch(near.as_fd(), A, Interest::READ).unwrap();
+    far.shutdown(std::net::Shutdown::Write).unwrap();
+    let got = readiness(&mut reactor);
+    assert!(got.readable() && got.closed());
+}
+
+#[test]
 fn a_half_close_is_not_reported_to_somebody_who_does_not_read() {
     let mut reactor = Reactor::new().unwrap();
     let (near, far) = UnixStream::pair().unwrap();

@@ -61,3 +61,40 @@ impl Output {
         self.queue.iter().filter(|message| message.sent == 0).count()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// With a small buffer the socket takes a long message piece by piece.
+    #[test]
+    fn a_message_that_is_taken_in_parts_arrives_whole_and_makes_room() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&near, 4608).unwrap();
+        let message: Vec<u8> = (0..MAX_OUTPUT).map(|n| (n % 251) as u8).collect();
+        let mut output = Output::default();
+        let mut parts = 0;
+        for round in 0..20 {
+            output.push(message.clone(), Vec::new()).unwrap();
+            assert!(matches!(output.push(vec![0], Vec::new()), Err(Error::OutputFull)));
+            let mut got = Vec::new();
+            let mut chunk = [0; 4096];
+            while got.len() < message.len() {
+                if !output.flush(near.as_fd()).unwrap() {
+                    parts += 1;
+                    assert!(!output.is_empty());
+                }
+                let count = far.read(&mut chunk).unwrap();
+                got.extend_from_slice(&chunk[..count]);
+            }
+            assert!(got == message, "round {round}");
+            assert!(output.flush(near.as_fd()).unwrap() && output.is_empty());
+            assert_eq!(output.waiting, 0);
+        }
+        assert!(parts > 0, "never taken in parts: nothing is shown");
+    }
+}

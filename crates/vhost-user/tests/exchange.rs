@@ -308,6 +308,13 @@ fn the_listener_refuses_what_is_no_request_of_a_back_end() {
         assert_eq!(read(&far, 20), wire::acknowledgement(code, 1));
         probes.assert_closed("listener");
     }
+    let (mut listener, far) = BackendListener::pair(features()).unwrap();
+    let far = UnixStream::from(far);
+    let stray = Probes::new(1);
+    send(&far, &hex("02000000 01"), &[]);
+    send(&far, &hex("000000 00000000"), &stray.fds());
+    assert!(matches!(listener.receive(), Err(Error::Invalid { reason: Reason::StrayFds, .. })));
+    stray.assert_closed("listener");
     let (mut listener, far) = BackendListener::pair(ProtocolFeatures::empty()).unwrap();
     let far = UnixStream::from(far);
     send(&far, &message(2, 1, &[]), &[]);

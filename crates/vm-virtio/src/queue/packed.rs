@@ -114,9 +114,10 @@ impl Packed {
             return Err(QueueError::State("the available position is behind the used one"));
         };
         let held = state.held.iter().map(|chain| u64::from(chain.descs)).sum::<u64>();
-        if held != u64::from(in_flight) || state.held.iter().any(|chain| chain.descs == 0) {
+        // Fewer may be held than lie between: see `Split::new`.
+        if held > u64::from(in_flight) || state.held.iter().any(|chain| chain.descs == 0) {
             return Err(QueueError::State(
-                "the held chains are not those between the used and the available position",
+                "more descriptors are held than lie between the used and the available position",
             ));
         }
         let next_used = Cursor::new(used);

@@ -110,8 +110,8 @@ fn restoring_refuses_positions_that_contradict_themselves() {
     let none = Features::empty();
     let state = |avail, used, held| QueueState { avail, used, held };
     let s = |index| at(index, true);
-    // Split: the number of held chains is the distance.
-    assert!(wrong(refused(false, none, state(s(1), s(0), vec![]))));
+    // Split: at most as many held chains as the distance, and that is at most a lap.
+    assert!(wrong(refused(false, none, state(s(9), s(0), vec![]))));
     assert!(wrong(refused(false, none, state(s(0), s(1), vec![]))));
     assert!(wrong(refused(false, none, state(s(0), s(0), vec![held(0, 1)]))));
     let nine = (0..9).map(|id| held(id % 8, 1)).collect();
@@ -119,12 +119,12 @@ fn restoring_refuses_positions_that_contradict_themselves() {
     assert!(wrong(refused(false, none, state(s(1), s(0), vec![held(8, 1)]))));
     assert!(wrong(refused(false, none, state(s(1), s(0), vec![held(1, 2)]))));
     assert!(wrong(refused(false, none, state(s(2), s(0), vec![held(3, 1), held(3, 1)]))));
-    // Packed: the descriptors of held chains are the distance; at most a lap.
+    // Packed: at most as many descriptors of held chains as the distance; at most a lap.
     let p = at;
     assert!(wrong(refused(true, none, state(p(8, true), p(0, true), vec![]))));
     assert!(wrong(refused(true, none, state(p(0, true), p(8, true), vec![]))));
     assert!(wrong(refused(true, none, state(p(0, true), p(1, true), vec![]))));
-    assert!(wrong(refused(true, none, state(p(3, true), p(1, true), vec![held(0, 1)]))));
+    assert!(wrong(refused(true, none, state(p(3, true), p(1, true), vec![held(0, 3)]))));
     assert!(wrong(refused(true, none, state(p(1, true), p(1, true), vec![held(0, 0)]))));
     assert!(wrong(refused(true, none, state(p(2, false), p(1, true), vec![held(0, 9)]))));
     let many = (0..5).map(|id| held(id, u16::MAX)).collect();
@@ -135,6 +135,25 @@ fn restoring_refuses_positions_that_contradict_themselves() {
     let driver = driver(true, 8, none);
     let state = state(p(3, false), p(3, true), vec![held(0, 5), held(1, 3)]);
     assert_eq!(driver.queue_from(Some(state.clone())).unwrap().state(), state);
+}
+
+#[test]
+fn restoring_goes_on_behind_chains_that_a_killed_back_end_lost() {
+    for packed in LAYOUTS {
+        let mut driver = driver(packed, 8, Features::empty());
+        let lost = driver.add(&[w(DATA, 8)], &[]).unwrap();
+        let next = driver.add(&[w(DATA, 8)], &[]).unwrap();
+        assert_ne!(lost, next);
+        let state = QueueState { avail: at(1, true), used: at(0, true), held: vec![] };
+        let mut queue = driver.queue_from(Some(state)).unwrap();
+        let chain = queue.pop().unwrap();
+        assert_eq!(queue.id(&chain), Some(ChainId(next)));
+        queue.add_used(chain, 3);
+        assert!(queue.pop().is_none());
+        assert_eq!(queue.fault(), None);
+        let state = queue.into_state();
+        assert_eq!((state.avail, state.used), (at(2, true), at(1, true)));
+    }
 }
 
 #[test]

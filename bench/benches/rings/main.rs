@@ -1,0 +1,178 @@
+//! Rings in one process: our queue beside a bare loop and rust-vmm's `virtio-queue`, in one run.
+//!
+//! `cargo bench -p backplane-bench --bench rings`: criterion's statistics of each cell, then a table of medians and
+//! ratios from rounds in which the variants take turns. `-- --quick`: a short table only, to see that it runs.
+//! `-- --table`: the table only. `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
+#![allow(missing_docs, reason = "a benchmark has no interface")]
+#![allow(unreachable_pub, reason = "a benchmark has no interface")]
+mod bare;
+mod guest;
+mod ours;
+mod peer;
+mod rows;
+
+use std::time::Duration;
+
+use bare::{BarePacked, BareSplit};
+use criterion::{BenchmarkId, Criterion};
+use guest::Guest;
+use ours::Ours;
+use peer::Peer;
+use rows::{Bench, ROWS, Row, Run};
+
+const REGIONS: [u64; 2] = [1, 8];
+
+/// Our queue and what it is compared with, for one row, layout and number of regions.
+fn variants(row: &'static Row, packed: bool, regions: u64) -> Vec<(&'static str, Box<dyn Run>)> {
+    let guest = || Guest::new(regions, row.shape, packed);
+    fn boxed<D: rows::Device + 'static>(
+        guest: Guest,
+        device: impl FnOnce(&Guest) -> D,
+        row: &'static Row,
+    ) -> Box<dyn Run> {
+        let device = device(&guest);
+        Box::new(Bench::new(guest, device, row))
+    }
+    let ours = ("ours", boxed(guest(), Ours::new, row));
+    if packed {
+        vec![("bare", boxed(guest(), BarePacked::new, row)), ours]
+    } else {
+        let peer = ("virtio-queue", boxed(guest(), Peer::new, row));
+        vec![("bare", boxed(guest(), BareSplit::new, row)), ours, peer]
+    }
+}
+
+fn nanoseconds((time, chains): (Duration, u64)) -> f64 {
+    time.as_nanos() as f64 / chains as f64
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Half the range that the middle half of the rounds is within, in percent of the median.
+fn spread(values: &mut [f64]) -> f64 {
+    let middle = median(values);
+    let quarter = values.len() / 4;
+    (values[values.len() - 1 - quarter] - values[quarter]) / 2.0 / middle * 100.0
+}
+
+struct Effort {
+    rounds: usize,
+    chains: u64,
+}
+
+fn table(effort: &Effort) {
+    println!(
+        "\nnanoseconds a chain: median of {} alternating rounds (spread of their middle half)",
+        effort.rounds
+    );
+    println!("ratio: ours to the bare loop, median of the rounds' ratios; target in brackets, ! if missed\n");
+    let head = ["row", "layout", "regions", "bare", "ours", "virtio-queue", "ratio"];
+    println!(
+        "| {:<31} | {:<6} | {:<7} | {:<13} | {:<13} | {:<13} | {:<14} |",
+        head[0], head[1], head[2], head[3], head[4], head[5], head[6]
+    );
+    println!("|{:-<33}|{:-<8}|{:-<9}|{:-<15}|{:-<15}|{:-<15}|{:-<16}|", "", "", "", "", "", "", "");
+    let mut missed = 0;
+    for packed in [false, true] {
+        for row in &ROWS {
+            for (at, regions) in REGIONS.into_iter().enumerate() {
+                let target = row.targets[if packed { 2 } else { at }];
+                missed += usize::from(!cell(row, packed, regions, target, effort));
+            }
+        }
+    }
+    println!("\n{missed} above target");
+}
+
+fn cell(row: &'static Row, packed: bool, regions: u64, target: f64, effort: &Effort) -> bool {
+    let mut variants = variants(row, packed, regions);
+    let mut times = vec![Vec::new(); variants.len()];
+    for (_, variant) in &mut variants {
+        variant.run(effort.chains);
+    }
+    for round in 0..effort.rounds {
+        for i in 0..variants.len() {
+            // Who comes first takes turns, too.
+            let i = (i + round) % variants.len();
+            times[i].push(nanoseconds(variants[i].1.run(effort.chains)));
+        }
+    }
+    let mut ratios: Vec<f64> = times[1].iter().zip(&times[0]).map(|(ours, bare)| ours / bare).collect();
+    let ratio = median(&mut ratios);
+    let mut text: Vec<String> =
+        times.iter_mut().map(|times| format!("{:6.1} ({:.0} %)", median(times), spread(times))).collect();
+    text.resize(3, String::from("-"));
+    let met = ratio <= target;
+    println!(
+        "| {:<31} | {:<6} | {:<7} | {:<13} | {:<13} | {:<13} | {:<14} |",
+        row.name,
+        if packed { "packed" } else { "split" },
+        regions,
+        text[0],
+        text[1],
+        text[2],
+        format!("{ratio:.2} ({target}){}", if met { "" } else { " !" }),
+    );
+    met
+}
+
+fn statistics() {
+    let mut criterion = Criterion::default()
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(500))
+        .sample_size(20)
+        .without_plots();
+    for packed in [false, true] {
+        for row in &ROWS {
+            let layout = if packed { "packed" } else { "split" };
+            let mut group = criterion.benchmark_group(format!("{layout}/{}", row.id));
+            for regions in REGIONS {
+                for (name, mut variant) in variants(row, packed, regions) {
+                    group.bench_function(BenchmarkId::new(name, format!("{regions} regions")), |bencher| {
+                        bencher.iter_custom(|chains| {
+                            let (time, done) = variant.run(chains);
+                            time.mul_f64(chains as f64 / done as f64)
+                        });
+                    });
+                }
+            }
+            group.finish();
+        }
+    }
+}
+
+/// One cell until it has run for a few seconds.
+fn one(arguments: &[String]) {
+    let [layout, id, regions, name] = arguments else { panic!("--one LAYOUT ROW REGIONS VARIANT") };
+    let row = ROWS.iter().find(|row| row.id == id).expect("a row");
+    let regions = regions.parse().expect("a number");
+    let mut variants = variants(row, layout == "packed", regions);
+    let (_, variant) = variants.iter_mut().find(|(known, _)| known == name).expect("a variant");
+    let (mut time, mut chains) = (Duration::ZERO, 0);
+    while time < Duration::from_secs(3) {
+        let (lap, done) = variant.run(100_000);
+        time += lap;
+        chains += done;
+    }
+    println!("{:.2} ns", nanoseconds((time, chains)));
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--one") {
+        let end = (at + 5).min(arguments.len());
+        return one(&arguments[at + 1..end]);
+    }
+    let has = |flag: &str| std::env::args().any(|argument| argument == flag);
+    if has("--quick") {
+        table(&Effort { rounds: 3, chains: 5_000 });
+        return;
+    }
+    if !has("--table") {
+        statistics();
+    }
+    table(&Effort { rounds: 12, chains: 300_000 });
+}

@@ -125,7 +125,6 @@ impl<D: VirtioDevice> Daemon<D> {
         options: DaemonOptions,
         mut make: impl FnMut(GuestIndex) -> Result<D, DeviceError>,
     ) -> Result<Daemon<D>, DaemonError> {
-        crate::listen::raise_descriptor_limit();
         let waker = reactor::Waker::new().map_err(|error| DaemonError::System("make an eventfd", error))?;
         let mut devices = Vec::with_capacity(endpoints.len());
         for guest in (0..).take(endpoints.len()) {

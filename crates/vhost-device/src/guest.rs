@@ -22,10 +22,13 @@ use vm_virtio::{Engine, HostEvent};
 use crate::events::Events;
 use crate::listen::Listener;
 use crate::session::Session;
-use crate::task::Watch;
+use crate::task::{Watch, yield_now};
 
 /// How long to wait after the system refused to accept a connection, most likely for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Connections that are turned away at once.
+const REFUSALS: u32 = 16;
 
 /// What the guests of a process share; the main thread's.
 pub(crate) struct Host {
@@ -113,6 +116,8 @@ impl<D: VirtioDevice> Guest<D> {
                 }
                 while let Some(stream) = self.accept(&listener).await {
                     self.session(stream, Some(&listener)).await;
+                    // Whoever does nothing but connect must not keep the other guests waiting.
+                    yield_now().await;
                 }
             }
         }
@@ -137,9 +142,10 @@ impl<D: VirtioDevice> Guest<D> {
         .await
     }
 
-    /// Turns away everybody who connects while there is a front-end.
-    pub(crate) fn refuse_others(&self, listener: &Listener) {
-        loop {
+    /// Turns away everybody who connects while there is a front-end. True: there may be more of them, and it is the
+    /// other guests' turn.
+    pub(crate) fn refuse_others(&self, listener: &Listener) -> bool {
+        for _ in 0..REFUSALS {
             match listener.accept() {
                 Ok(Some(_closed)) => {
                     tracing::warn!(
@@ -147,10 +153,14 @@ impl<D: VirtioDevice> Guest<D> {
                         "has a front-end already; another one was turned away"
                     );
                 }
-                Ok(None) => return,
-                Err(error) => return self.accept_failed(&error),
+                Ok(None) => return false,
+                Err(error) => {
+                    self.accept_failed(&error);
+                    return false;
+                }
             }
         }
+        true
     }
 
     fn accept_failed(&self, error: &io::Error) {

@@ -68,6 +68,7 @@
 //! | `ring`, `memory`, `mapping` | what a front-end said about rings and memory |
 //! | [`logging`], `notify`, `capabilities` | what the outside gets to see |
 use std::error::Error;
+use std::io::Write;
 use std::process::ExitCode;
 
 use vm_virtio::device::{DeviceError, VirtioDevice};
@@ -125,10 +126,18 @@ impl Identity {
 /// `--print-capabilities`, which is obeyed whatever else the command line says ("Backend program conventions").
 pub fn parse<A: clap::Parser>(identity: &Identity) -> A {
     if cli::wants_capabilities(std::env::args_os()) {
-        print!("{}", capabilities::to_json(identity));
-        std::process::exit(0);
+        std::process::exit(print_capabilities(identity).into());
     }
     A::parse()
+}
+
+/// Not with `print!`, which panics if nobody reads.
+fn print_capabilities(identity: &Identity) -> u8 {
+    let json = capabilities::to_json(identity);
+    match std::io::stdout().write_all(json.as_bytes()) {
+        Ok(()) => 0,
+        Err(_) => EXIT_FAILURE,
+    }
 }
 
 enum Failure {
@@ -159,11 +168,10 @@ where
     F: FnMut(GuestIndex) -> Result<D, DeviceError>,
 {
     if args.print_capabilities {
-        print!("{}", capabilities::to_json(&identity));
-        return ExitCode::SUCCESS;
+        return ExitCode::from(print_capabilities(&identity));
     }
     let limits = logging::init(args.log_level);
-    let outcome = try_run(args, make);
+    let outcome = try_run(args, &identity, make);
     for line in limits.leftovers() {
         eprintln!("{}: {line}", identity.name);
     }
@@ -182,19 +190,21 @@ where
     }
 }
 
-fn try_run<D, F>(args: &CommonArgs, make: F) -> Result<(), Failure>
+fn try_run<D, F>(args: &CommonArgs, identity: &Identity, make: F) -> Result<(), Failure>
 where
     D: VirtioDevice,
     F: FnMut(GuestIndex) -> Result<D, DeviceError>,
 {
     let environment = cli::Environment::of_process();
     let plan = args.plan(&environment)?;
+    listen::raise_descriptor_limit();
     // Before the first thread, which inherits what is blocked.
     let signals = signals::Signals::new().map_err(|error| DaemonError::System("receive signals", error))?;
     let options = DaemonOptions { without: plan.without, spin: plan.spin };
     let mut daemon = Daemon::new(plan.endpoints, options, make)?;
     daemon.signals = Some(signals);
     daemon.announcer = notify::Announcer::new(environment.notify_socket.as_deref(), plan.ready_fd);
+    tracing::info!(guests = args.guest_count(), "{} {} serves", identity.name, identity.version);
     Ok(daemon.serve()?)
 }
 

@@ -179,6 +179,35 @@ fn a_socket_in_use_is_refused_with_code_1_and_a_stale_one_is_replaced() {
     assert!(!socket.exists());
 }
 
+/// Each takes the stale socket for its own; one gets it, and keeps it.
+#[test]
+fn of_daemons_that_start_at_once_on_one_path_one_serves() {
+    let dir = TempDir::new();
+    let socket = dir.path().join("s");
+    for _ in 0..5 {
+        drop(UnixListener::bind(&socket).unwrap());
+        let mut all: Vec<_> = (0..4)
+            .map(|_| Process::start(Command::new(program()).arg("-s").arg(&socket).stderr(Stdio::null())))
+            .collect();
+        let mut ended = 0;
+        eventually("the end of all but one", || {
+            all.retain_mut(|process| match process.0.try_wait().unwrap() {
+                Some(status) => {
+                    assert_eq!(status.code(), Some(1));
+                    ended += 1;
+                    false
+                }
+                None => true,
+            });
+            ended == 3
+        });
+        assert_eq!(ask(&mut driver(&socket), 0, b"x"), b"x");
+        all[0].signal(Signal::TERM);
+        assert_eq!(all[0].ended().code(), Some(0));
+        assert!(!socket.exists());
+    }
+}
+
 /// "No signal handling."
 #[test]
 fn peers_all_daemons_sigterm_and_sigint_finish_requests_and_leave_no_socket() {

@@ -152,7 +152,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
 
     /// Looks at everything that this connection waits for.
     async fn next(&mut self) -> Next {
-        poll_fn(|_| {
+        poll_fn(|context| {
             if self.guest.host.stopping.get() {
                 return Poll::Ready(Next::End(End::Stopping));
             }
@@ -175,8 +175,8 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                 Err(error) => return Poll::Ready(Next::End(End::Connection(error))),
             }
             // Only now is it certain that this connection has not ended.
-            if let Some(listener) = self.listener {
-                self.guest.refuse_others(listener);
+            if self.listener.is_some_and(|listener| self.guest.refuse_others(listener)) {
+                context.waker().wake_by_ref();
             }
             Poll::Pending
         })

@@ -201,6 +201,7 @@ impl<W: Worker> LaneRunner<W> {
         if self.called {
             self.enter(|worker, lane| worker.flush(lane));
         }
+        self.renew();
         self.publish();
         self.find_faults();
         self.progress_moves();
@@ -458,11 +459,17 @@ impl<W: Worker> LaneRunner<W> {
             }
             self.enter(|worker, lane| worker.queue_ready(number, lane));
             worked = true;
+        }
+        worked
+    }
+
+    /// Queues whose budget was spent, in whatever callback, have another turn coming.
+    fn renew(&mut self) {
+        for at in 0..self.rings.len() {
             if self.serves(at) && self.queue(at).is_some_and(|queue| queue.budget_spent()) {
                 self.rings[at].ready = true;
             }
         }
-        worked
     }
 
     /// Makes completions visible, one interrupt a queue at most.

@@ -1,7 +1,7 @@
 //! Log lines on standard error, limited per place in the code that writes them.
 //!
 //! Guests and front-ends decide how often most warnings happen. Each call site may write a burst of lines and then one
-//! per [`REFILL`]; what is suppressed is counted, and the count is written with the next line of that call site that
+//! every five seconds; what is suppressed is counted, and the count is written with the next line of that call site that
 //! passes, or at the end. Lines of different call sites do not compete.
 use std::collections::HashMap;
 use std::fmt;

@@ -345,6 +345,24 @@ fn a_stopped_ring_goes_on_without_a_new_base() {
     assert_eq!(driver.endpoint().get_vring_base(0).unwrap(), 6);
 }
 
+/// Base and used index differ after a back-end was killed: what lay between is lost, the ring goes on.
+#[test]
+fn set_vring_base_of_a_split_ring_reads_the_used_index_from_guest_memory() {
+    let daemon = TestDaemon::start();
+    let mut driver = daemon.driver(0, RingLayout::Split);
+    assert_eq!(ask(&mut driver, 0, b"one"), b"one");
+    assert_eq!(driver.endpoint().get_vring_base(0).unwrap(), 1);
+    let ram = driver.ram().clone();
+    let lost = driver.ring(0).add(&[ram.readable(b"lost"), ram.writable(64)]);
+    driver.endpoint().set_vring_base(0, 2).unwrap();
+    let kick = event();
+    driver.endpoint().set_vring_kick(0, Some(kick.as_fd())).unwrap();
+    let next = driver.ring(0).add(&[ram.readable(b"three"), ram.writable(64)]);
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+    let used = driver.wait_used(0, SOON).expect("an answer");
+    assert_eq!((used.id, used.len), (next, 5), "not {lost}");
+}
+
 #[test]
 fn a_drain_that_hangs_ends_with_needs_reset_and_a_reset_heals() {
     let daemon = TestDaemon::start();
@@ -538,6 +556,7 @@ fn a_ring_that_cannot_be_is_refused_and_signals_its_error_file() {
     driver.endpoint().set_vring_addr(&addr).unwrap();
     refused(driver.endpoint().set_vring_kick(0, Some(event().as_fd())));
     assert!(driver.ring_failed(0), "misaligned");
+    assert!(driver.status().unwrap().contains(Status::DEVICE_NEEDS_RESET));
 }
 
 #[test]

@@ -427,6 +427,48 @@ fn five_hundred_slots_cost_no_descriptors() {
     assert!(driver.protocol_features().contains(slots));
 }
 
+/// Whatever the limit of descriptors is, the daemon either does not start, or lives and does not spin.
+#[test]
+fn want_of_descriptors_is_an_error_and_no_more() {
+    let dir = TempDir::new();
+    let socket = dir.path().join("s");
+    let (mut refused, mut hindered, mut served) = (0, 0, 0);
+    for limit in (4..48).step_by(2) {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" -s \"$1\" --log-level off")]);
+        let mut process = Process::start(command.arg(program()).arg(&socket).stderr(Stdio::null()));
+        let mut ended = None;
+        eventually("a socket or an end", || {
+            ended = process.0.try_wait().unwrap();
+            ended.is_some() || socket.exists()
+        });
+        if let Some(ended) = ended {
+            // 127: not even the program's libraries could be opened.
+            assert!(matches!(ended.code(), Some(1 | 127)), "{limit}: {ended}");
+            refused += 1;
+            continue;
+        }
+        let mut endpoint = FrontendEndpoint::connect(&socket).unwrap();
+        endpoint.set_timeout(Duration::from_millis(500));
+        let outcome = VhostUserDriver::attach(endpoint, options(RingLayout::Split))
+            .and_then(|mut driver| driver.start().map(|()| driver));
+        match outcome {
+            Ok(mut driver) => {
+                assert_eq!(ask(&mut driver, 0, b"x"), b"x");
+                served += 1;
+            }
+            Err(_) => hindered += 1,
+        }
+        assert_eq!(process.0.try_wait().unwrap(), None, "{limit}");
+        let used = std::fs::read_to_string(process.proc("stat")).unwrap();
+        let ticks: u64 = used.split_whitespace().nth(13).unwrap().parse().unwrap();
+        assert!(ticks < 20, "{limit}: {ticks} ticks of processor time");
+        process.signal(Signal::TERM);
+        assert_eq!(process.ended().code(), Some(0), "{limit}");
+    }
+    assert!(refused > 0 && served > 0, "{refused} refused, {hindered} hindered, {served} served");
+}
+
 /// "Daemon: listening within 20 ms of start, resident memory below 6 MiB with a guest attached, no wake-ups when idle."
 /// The times of a debug build on a busy machine prove nothing, so the time is not judged here; nor are pages of the
 /// program's file, of which a debug build has many.

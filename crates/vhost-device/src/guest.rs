@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use reactor::{Reactor, Token};
 use vm_virtio::device::VirtioDevice;
-use vm_virtio::{Engine, HostEvent};
+use vm_virtio::{Engine, HostEvent, Status};
 
 use crate::events::Events;
 use crate::listen::Listener;
@@ -83,6 +83,8 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) host: Rc<Host>,
     /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
     pub(crate) stopped_at: RefCell<Vec<Option<u32>>>,
+    /// Status bits that no front-end set: the session took these steps for it.
+    pub(crate) implied: Cell<Status>,
     /// Failures of workers that were told to a front-end.
     failures_told: Cell<u64>,
 }
@@ -90,14 +92,9 @@ pub(crate) struct Guest<D: VirtioDevice> {
 impl<D: VirtioDevice> Guest<D> {
     pub(crate) fn new(index: u32, engine: Engine<D>, events: Arc<Events>, host: Rc<Host>) -> Guest<D> {
         let rings = engine.queues().len();
-        Guest {
-            index,
-            engine,
-            events,
-            host,
-            stopped_at: RefCell::new(vec![None; rings]),
-            failures_told: Cell::new(0),
-        }
+        let stopped_at = RefCell::new(vec![None; rings]);
+        let (implied, failures_told) = (Cell::new(Status::empty()), Cell::new(0));
+        Guest { index, engine, events, host, stopped_at, implied, failures_told }
     }
 
     pub(crate) fn tokens(&self) -> Tokens {
@@ -208,8 +205,15 @@ impl<D: VirtioDevice> Guest<D> {
         self.failures_told.replace(failures) != failures
     }
 
-    /// A reset happened: rings that begin at the beginning from here on mean nothing.
-    pub(crate) fn forget_positions(&self) {
+    /// The status as front-ends know it: what they set, minus what was refused, plus what the device says.
+    pub(crate) fn status(&self) -> Status {
+        self.engine.status() - self.implied.get()
+    }
+
+    /// Resets the device. Rings that begin at the beginning from here on mean nothing.
+    pub(crate) async fn reset(&self) {
+        self.engine.reset().await;
         self.stopped_at.borrow_mut().fill(None);
+        self.implied.set(Status::empty());
     }
 }

@@ -243,7 +243,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             }
             R::ResetDevice => self.reset_device().await,
             R::SetStatus(status) => self.set_status(status).await?,
-            R::GetStatus => return Ok(Answer::U64(engine.status().bits().into())),
+            R::GetStatus => return Ok(Answer::U64(self.guest.status().bits().into())),
             other => return Err(Refused::Unsupported(other.code())),
         }
         Ok(Answer::Done)

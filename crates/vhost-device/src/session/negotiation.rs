@@ -1,9 +1,16 @@
 //! Features, protocol features, status and reset.
 //!
-//! Virtio wants the status to say when a driver is ready; vhost-user had no status at first. With
-//! `VHOST_USER_PROTOCOL_F_STATUS` the front-end sets it, and rings wait for DRIVER_OK, which QEMU sets *after* starting
-//! and enabling them. Without it, a started ring is all that tells, and the session makes the steps itself
-//! ([`Session::make_ready`]).
+//! Virtio wants the status to say when a driver is ready; vhost-user had no status at first, and with
+//! `VHOST_USER_PROTOCOL_F_STATUS` front-ends use it in different ways:
+//!
+//! * One that passes on what the driver writes sets DRIVER before anything else. Its rings wait for DRIVER_OK.
+//! * QEMU (11.1) sets FEATURES_OK alone, starts rings when the driver has set DRIVER_OK, and *then* sets
+//!   ACKNOWLEDGE | DRIVER | DRIVER_OK - but not for its generic devices (`vhost-user-rng`, `-gpio`, `-i2c`, ...), for
+//!   which FEATURES_OK is all that ever comes.
+//! * Without the feature, nothing comes.
+//!
+//! So unless the front-end has set DRIVER, a ring that it starts says that the driver is ready, and the session makes
+//! the missing steps itself ([`Session::make_ready`]). GET_STATUS does not show them.
 use vhost_user::{F_PROTOCOL_FEATURES, ProtocolFeatures};
 use vm_virtio::device::VirtioDevice;
 use vm_virtio::{FeatureError, Features, QueueState, Status};
@@ -58,8 +65,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let negotiated = status.contains(Status::FEATURES_OK) && engine.driver_features() != features;
         let broken = status.intersects(Status::DEVICE_NEEDS_RESET | Status::FAILED);
         if (negotiated || broken) && self.is_suspended() {
-            engine.reset().await;
-            self.guest.forget_positions();
+            self.guest.reset().await;
         }
         engine.set_driver_features(features)?;
         self.acked = Some(features);
@@ -91,8 +97,7 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     /// RESET_DEVICE and SET_STATUS(0).
     pub(super) async fn reset_device(&mut self) {
-        self.guest.engine.reset().await;
-        self.guest.forget_positions();
+        self.guest.reset().await;
         for ring in &mut self.rings {
             ring.reset();
             // Without bit 30 there is no message that would enable it again.
@@ -116,43 +121,69 @@ impl<D: VirtioDevice> Session<'_, D> {
             engine.set_driver_features(acked)?;
         }
         engine.set_status(status).await;
+        self.guest.implied.set(self.guest.implied.get() - status);
         Ok(())
     }
 
-    /// Gets the device ready for its first ring: notices a driver that begins from scratch, and without STATUS takes
-    /// the steps of the status that the front-end cannot.
+    /// Called when ring `at` is about to start: resets the device if the driver behind it begins from scratch, that is
+    /// if the ring starts at the beginning although it had got further, as far as the rings that run already do not
+    /// contradict.
     ///
-    /// A driver begins from scratch if its first ring starts at the beginning although the ring had got further. That
-    /// is how a guest's reboot looks through a front-end that neither sets a status nor resets devices, and how a new
-    /// VM looks on a socket whose last one was killed: the device must not go on with what the other guest left.
-    pub(super) async fn make_ready(
-        &mut self,
-        queue: usize,
-        start: Option<&QueueState>,
-    ) -> Result<(), RingError> {
-        let acked = self.acked.ok_or(RingError::Features)?;
-        let engine = &self.guest.engine;
-        let got_further = self.guest.stopped_at.borrow().get(queue).copied().flatten();
-        let from_scratch = start.is_none_or(|state| *state == QueueState::new())
-            && got_further.is_some_and(|base| base != first_base(self.packed()));
-        if self.is_suspended() && from_scratch {
-            tracing::debug!(guest = self.guest.index, "the driver begins from scratch; the device is reset");
-            let status = engine.status() - Status::DEVICE_NEEDS_RESET;
-            engine.reset().await;
-            self.guest.forget_positions();
-            engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
-            if self.has_status() {
-                engine.set_status(status).await;
+    /// Some front-ends neither set the status to 0 nor send RESET_DEVICE (QEMU for its generic devices): a guest's
+    /// reboot, or a driver that is bound again, looks no different through them. Nor does a new VM on the socket of one
+    /// that was killed. The device must not go on with what the other driver left.
+    pub(super) async fn notice_new_driver(&mut self, at: usize) {
+        let packed = self.packed();
+        let (Some(acked), Some(ring)) = (self.acked, self.rings.get(at)) else { return };
+        let Ok(config) = ring.place(&self.memory, packed) else { return };
+        let Ok(start) = ring.state(&config, self.memory.ram(), packed) else { return };
+        let begins = start.is_none_or(|state| state == QueueState::new());
+        let others: Vec<usize> = (0..).zip(&self.rings).filter_map(|(i, r)| r.running.map(|_| i)).collect();
+        {
+            let stopped_at = self.guest.stopped_at.borrow();
+            let got_further = |ring: usize| {
+                stopped_at.get(ring).copied().flatten().is_some_and(|base| base != first_base(packed))
+            };
+            if !begins || !got_further(at) || others.iter().any(|other| got_further(*other)) {
+                return;
             }
         }
-        if self.has_status() {
+        tracing::debug!(guest = self.guest.index, "the driver begins from scratch; the device is reset");
+        for other in &others {
+            self.halt(*other).await;
+        }
+        let status = self.guest.status() - Status::DEVICE_NEEDS_RESET;
+        self.guest.reset().await;
+        let engine = &self.guest.engine;
+        // What the front-end has chosen since holds on.
+        if let Err(error) = engine.set_driver_features(acked) {
+            tracing::warn!(guest = self.guest.index, %error, "after a reset");
+        }
+        if !status.is_empty() {
+            engine.set_status(status).await;
+        }
+        for other in others {
+            if let Err(error) = self.start_if_possible(other).await {
+                tracing::warn!(guest = self.guest.index, %error, "after a reset");
+            }
+        }
+    }
+
+    /// Gets the device ready for a ring: takes the steps of the status that the front-end does not.
+    pub(super) async fn make_ready(&mut self) -> Result<(), RingError> {
+        let acked = self.acked.ok_or(RingError::Features)?;
+        if self.has_status() && self.guest.status().contains(Status::DRIVER) {
             return Ok(());
         }
+        let engine = &self.guest.engine;
         engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
-        if !engine.status().contains(Status::DRIVER_OK) {
-            // 3.1.1, steps 2 to 8. FEATURES_OK stays clear if the device refuses the features, and DRIVER_OK with it.
+        // 3.1.1, steps 2 to 8. FEATURES_OK stays clear if the device refuses the features, and DRIVER_OK with it.
+        let before = engine.status();
+        if !before.contains(Status::DRIVER_OK) {
             engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK).await;
             engine.set_status(Status::DRIVER_OK).await;
+            let added = (engine.status() - before) - Status::DEVICE_NEEDS_RESET;
+            self.guest.implied.set(self.guest.implied.get() | added);
         }
         match engine.status().contains(Status::DRIVER_OK) {
             true => Ok(()),

@@ -90,6 +90,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let at = self.ring(index)?;
         self.halt(at).await;
         self.rings[at].kick = Some(fd.map_or(KickFile::Poll, KickFile::Fd));
+        self.notice_new_driver(at).await;
         self.start_if_possible(at).await
     }
 
@@ -141,7 +142,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let packed = self.packed();
         let config = self.rings[at].place(&self.memory, packed)?;
         let state = self.rings[at].state(&config, self.memory.ram(), packed)?;
-        self.make_ready(at, state.as_ref()).await?;
+        self.make_ready().await?;
         let ring = &self.rings[at];
         let Some(kick) = &ring.kick else { return Err(RingError::Incomplete) };
         let queue = at as u16;

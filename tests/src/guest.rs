@@ -20,6 +20,11 @@ use crate::running::Running;
 use crate::scratch::Scratch;
 use crate::virtio::Device;
 
+/// What every kernel is told. An emulated timer may come late on a busy machine, which the kernel's check of its
+/// timer takes for a broken one (`no_timer_check`).
+const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 quiet loglevel=4 panic=-1 no_timer_check random.trust_cpu=on lab.control";
+
 /// A guest that has not been started yet.
 #[derive(Debug)]
 pub struct Guest {
@@ -185,10 +190,13 @@ impl Guest {
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &self.cpus.to_string()]);
         command.args(["-m", &format!("{memory}M{}", self.more_memory)]);
         command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
-        command.arg("-kernel").arg(&self.lab.kernel).arg("-initrd").arg(initrd).arg("-append").arg(format!(
-            "console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=on lab.control{}",
-            self.kernel_arguments
-        ));
+        command
+            .arg("-kernel")
+            .arg(&self.lab.kernel)
+            .arg("-initrd")
+            .arg(initrd)
+            .arg("-append")
+            .arg(format!("{KERNEL_ARGUMENTS}{}", self.kernel_arguments));
         let path = |name: &str| scratch.join(name).display().to_string();
         for (id, chardev) in [
             ("console", format!("file,id=console,path={}", path("console"))),

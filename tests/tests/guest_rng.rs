@@ -20,9 +20,10 @@ const DEVICE: &str = "vhost-user-rng-pci";
 const FUNCTIONS: &str = "
 check() {
 	[ \"$(cat /sys/class/misc/hw_random/rng_current)\" = virtio_rng.0 ] || fail \"no virtio_rng\"
-	a=$(timeout 20 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
-	b=$(timeout 20 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
-	[ ${#a} = 64 ] && [ ${#b} = 64 ] && [ $a != $b ] || fail \"bytes: '$a' '$b'\"
+	a=$(timeout 10 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
+	[ ${#a} = 64 ] || fail \"32 bytes from /dev/hwrng: '$a'\"
+	b=$(timeout 10 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
+	[ ${#b} = 64 ] && [ $a != $b ] || fail \"the next 32 bytes: '$b' after '$a'\"
 	timeout 40 rngtest -c $1 </dev/hwrng 2>/tmp/rngtest
 	[ $? -le 1 ] || fail \"rngtest: $(tail -n 1 /tmp/rngtest)\"
 	good=$(sed -n 's/.*successes: //p' /tmp/rngtest)

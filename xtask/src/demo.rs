@@ -53,7 +53,7 @@ pub(crate) fn run() -> Result<bool> {
     daemon.start().map_err(failed)?;
     let ready = daemon.ready_after;
     let outcome = boot(&lab, &daemon, &mut step).map_err(|e| failed(e.with_log(DAEMON, &daemon.stderr())))?;
-    let resident = daemon.resident_kib();
+    let peak = daemon.peak_kib();
     let socket = daemon.socket();
     daemon.stop().map_err(failed)?;
     if socket.exists() {
@@ -72,7 +72,7 @@ pub(crate) fn run() -> Result<bool> {
     let daemon_state = format!(
         "{DAEMON}, listening after {:.1} ms{}",
         ready.as_secs_f64() * 1e3,
-        resident.map_or(String::new(), |kib| format!(", {:.1} MiB resident", kib as f64 / 1024.0))
+        peak.map_or(String::new(), |kib| format!(", at most {:.1} MiB resident", kib as f64 / 1024.0))
     );
     let good = seen.bad <= ALLOWED && seen.good + seen.bad == BLOCKS;
     print(&[

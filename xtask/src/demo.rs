@@ -182,6 +182,10 @@ fn grouped(number: u64) -> String {
 }
 
 fn failed(failure: Failure) -> Error {
+    // Whoever pressed Ctrl-C does not want to read logs.
+    if let Err(stopped) = command::stop_if_interrupted() {
+        return stopped;
+    }
     Error::new("the demo failed", failure.to_string())
 }
 

@@ -14,6 +14,7 @@ use crate::progress::{Step, Unit};
 
 /// The suite whose QEMU, kernel source and tools the lab takes.
 pub(crate) const SUITE: &str = "forky";
+const CHECK_NETWORK: &str = "try again; if it stays so, check the network or name another mirror: cargo xtask lab --debian-mirror URL";
 const ARCHITECTURE: &str = "amd64";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -78,7 +79,7 @@ impl Apt {
         let apt = Self { config };
         step.doing(&format!("reading the package lists of Debian {SUITE}"));
         command::quiet(apt.get().args(["update", "--error-on=any"]), step).map_err(|e| {
-            e.within(format!("cannot read the package lists of Debian {SUITE}"), "check the network, or name another mirror: cargo xtask lab --debian-mirror http://HOST/debian")
+            e.within(format!("cannot read the package lists of Debian {SUITE}"), CHECK_NETWORK)
         })?;
         Ok(apt)
     }
@@ -133,12 +134,8 @@ impl Apt {
         step.total(total, Unit::Bytes);
         let mut get = self.get();
         get.arg("download").args(packages.iter().map(|p| &p.name)).current_dir(folder);
-        command::run(&mut get, step, |_, _| (), |step| step.at(size_of(folder).min(total))).map_err(|e| {
-            e.within(
-                format!("cannot fetch packages of Debian {SUITE}"),
-                "try again; if it stays so, check the network or name another mirror with --debian-mirror",
-            )
-        })?;
+        command::run(&mut get, step, |_, _| (), |step| step.at(size_of(folder).min(total)))
+            .map_err(|e| e.within(format!("cannot fetch packages of Debian {SUITE}"), CHECK_NETWORK))?;
         step.doing("unpacking");
         step.total(packages.len() as u64, Unit::About("packages"));
         let archives = fs::read_dir(folder).map_err(|e| Error::file("read", folder, &e))?;

@@ -27,9 +27,6 @@ use crate::task::{Watch, yield_now};
 /// How long to wait after the system refused to accept a connection, most likely for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Connections that are turned away at once.
-const REFUSALS: u32 = 16;
-
 /// What the guests of a process share; the main thread's.
 pub(crate) struct Host {
     pub(crate) reactor: RefCell<Reactor>,
@@ -81,6 +78,8 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) engine: Engine<D>,
     pub(crate) events: Arc<Events>,
     pub(crate) host: Rc<Host>,
+    /// Somebody who connected while there was, perhaps, another front-end.
+    waiting: RefCell<Option<UnixStream>>,
     /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
     pub(crate) stopped_at: RefCell<Vec<Option<u32>>>,
     /// Status bits that no front-end set: the session took these steps for it.
@@ -94,7 +93,8 @@ impl<D: VirtioDevice> Guest<D> {
         let rings = engine.queues().len();
         let stopped_at = RefCell::new(vec![None; rings]);
         let (implied, failures_told) = (Cell::new(Status::empty()), Cell::new(0));
-        Guest { index, engine, events, host, stopped_at, implied, failures_told }
+        let waiting = RefCell::default();
+        Guest { index, engine, events, host, waiting, stopped_at, implied, failures_told }
     }
 
     pub(crate) fn tokens(&self) -> Tokens {
@@ -127,6 +127,9 @@ impl<D: VirtioDevice> Guest<D> {
                 return Poll::Ready(None);
             }
             self.log_events();
+            if let Some(stream) = self.waiting.take() {
+                return Poll::Ready(Some(stream));
+            }
             match listener.accept() {
                 Ok(Some(stream)) => Poll::Ready(Some(stream)),
                 Ok(None) => Poll::Pending,
@@ -139,25 +142,24 @@ impl<D: VirtioDevice> Guest<D> {
         .await
     }
 
-    /// Turns away everybody who connects while there is a front-end. True: there may be more of them, and it is the
-    /// other guests' turn.
-    pub(crate) fn refuse_others(&self, listener: &Listener) -> bool {
-        for _ in 0..REFUSALS {
-            match listener.accept() {
-                Ok(Some(_closed)) => {
-                    tracing::warn!(
-                        guest = self.index,
-                        "has a front-end already; another one was turned away"
-                    );
-                }
-                Ok(None) => return false,
-                Err(error) => {
-                    self.accept_failed(&error);
-                    return false;
-                }
+    /// Lets in whoever connects while there is a front-end, for now. True if somebody did: the front-end's end may have
+    /// come before that, so look for it once more, and then [turn](Guest::turn_away) the other away.
+    pub(crate) fn somebody_waits(&self, listener: &Listener) -> bool {
+        match listener.accept() {
+            Ok(Some(stream)) => self.waiting.replace(Some(stream)).is_none(),
+            Ok(None) => false,
+            Err(error) => {
+                self.accept_failed(&error);
+                false
             }
         }
-        true
+    }
+
+    /// Turns away whoever was let in: the front-end is certainly there.
+    pub(crate) fn turn_away(&self) {
+        if self.waiting.take().is_some() {
+            tracing::warn!(guest = self.index, "has a front-end already; another one was turned away");
+        }
     }
 
     fn accept_failed(&self, error: &io::Error) {

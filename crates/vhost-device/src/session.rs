@@ -41,6 +41,9 @@ pub(crate) use refused::Refused;
 /// ask (failure policy 7).
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(3);
 
+/// Connections of others that are turned away before other guests get a turn.
+const REFUSALS: u32 = 16;
+
 /// Messages that are carried out before other guests get a turn.
 const TURN: u32 = 32;
 
@@ -165,19 +168,24 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                     Ok(()) => {}
                 }
             }
-            match self.endpoint.receive() {
-                Ok(Some(received)) => return Poll::Ready(Next::Request(received)),
-                Ok(None) => {}
-                Err(Error::Invalid { code, reason, ticket }) => {
-                    let error = format!("request {code}: {reason}");
-                    return Poll::Ready(Next::Refused { error, ticket });
+            for _ in 0..REFUSALS {
+                match self.endpoint.receive() {
+                    Ok(Some(received)) => return Poll::Ready(Next::Request(received)),
+                    Ok(None) => {}
+                    Err(Error::Invalid { code, reason, ticket }) => {
+                        let error = format!("request {code}: {reason}");
+                        return Poll::Ready(Next::Refused { error, ticket });
+                    }
+                    Err(error) => return Poll::Ready(Next::End(End::Connection(error))),
                 }
-                Err(error) => return Poll::Ready(Next::End(End::Connection(error))),
+                // Whoever connected before this was found alive is the second one.
+                self.guest.turn_away();
+                if !self.listener.is_some_and(|listener| self.guest.somebody_waits(listener)) {
+                    return Poll::Pending;
+                }
             }
-            // Only now is it certain that this connection has not ended.
-            if self.listener.is_some_and(|listener| self.guest.refuse_others(listener)) {
-                context.waker().wake_by_ref();
-            }
+            // The other guests' turn.
+            context.waker().wake_by_ref();
             Poll::Pending
         })
         .await

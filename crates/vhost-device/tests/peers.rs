@@ -123,6 +123,22 @@ fn peers_vhost_crate_the_same_daemon_serves_a_second_front_end_which_goes_on_wit
     }
 }
 
+/// A VMM that reconnects faster than its disconnect is noticed is not taken for a second one.
+#[test]
+fn peers_vhost_crate_a_front_end_that_reconnects_at_once_is_let_in() {
+    let daemon = TestDaemon::start();
+    for i in 0..3000 {
+        let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
+        if i % 3 == 0 {
+            endpoint.set_owner().unwrap();
+        }
+        endpoint.get_features().unwrap_or_else(|error| panic!("connection {i}: {error}"));
+        if i % 2 == 0 {
+            endpoint.set_owner().unwrap();
+        }
+    }
+}
+
 #[test]
 fn peers_vhost_crate_one_front_end_at_a_time_and_the_second_is_turned_away() {
     let daemon = TestDaemon::start();

@@ -460,7 +460,12 @@ fn want_of_descriptors_is_an_error_and_no_more() {
             }
             Err(_) => hindered += 1,
         }
-        assert_eq!(process.0.try_wait().unwrap(), None, "{limit}");
+        if let Some(ended) = process.0.try_wait().unwrap() {
+            // The sockets were the last that could be had.
+            assert_eq!(ended.code(), Some(1), "{limit}");
+            refused += 1;
+            continue;
+        }
         let used = std::fs::read_to_string(process.proc("stat")).unwrap();
         let ticks: u64 = used.split_whitespace().nth(13).unwrap().parse().unwrap();
         assert!(ticks < 20, "{limit}: {ticks} ticks of processor time");

@@ -168,11 +168,11 @@ fn main() {
     }
     let has = |flag: &str| std::env::args().any(|argument| argument == flag);
     if has("--quick") {
-        table(&Effort { rounds: 3, chains: 5_000 });
+        table(&Effort { rounds: 7, chains: 2_000 });
         return;
     }
     if !has("--table") {
         statistics();
     }
-    table(&Effort { rounds: 12, chains: 300_000 });
+    table(&Effort { rounds: 61, chains: 20_000 });
 }

@@ -25,11 +25,9 @@ use crate::memory::{GuestRam, Segment};
 /// Segments that a slot has room for without a block of the pool: makes a slot two cache lines.
 pub(super) const INLINE: usize = 4;
 
-/// What a slot is.
+/// What a slot is that is not free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
-    /// Not in use.
-    Free,
     /// A handle is out.
     Out,
     /// Completed, held back behind an earlier one (`IN_ORDER`).
@@ -38,23 +36,26 @@ pub(super) enum Mark {
     Discarded,
 }
 
-/// A popped chain.
+/// A popped chain: all but the segments in one cache line.
 #[repr(C, align(128))]
 pub(super) struct Slot {
     segs: Cell<*mut Segment>,
-    cap: Cell<u32>,
+    /// Where the segments must end that are added without further checks: the room, or the longest chain.
+    end: Cell<*mut Segment>,
     count: Cell<u32>,
     readable: Cell<u32>,
     writable_len: Cell<u32>,
     id: Cell<u16>,
     descs: Cell<u16>,
-    epoch: Cell<u32>,
     seq: Cell<u32>,
-    written: Cell<u32>,
-    mark: Cell<Mark>,
+    /// Of the snapshot that the segments are in; for a free slot, of the current one.
+    epoch: Cell<u32>,
     next: AtomicPtr<Slot>,
     shared: *const Shared,
+    cap: Cell<u32>,
+    written: Cell<u32>,
     inline: UnsafeCell<[MaybeUninit<Segment>; INLINE]>,
+    mark: Cell<Mark>,
 }
 
 /// What a chain is made of, as the walk found it.
@@ -93,6 +94,19 @@ impl Slot {
 
     pub(super) fn mark(&self) -> Mark {
         self.mark.get()
+    }
+
+    /// Where the slot's segments are, and where those end that are added without further checks.
+    #[inline(always)]
+    pub(super) fn room(&self) -> (*mut Segment, *mut Segment) {
+        (self.segs.get(), self.end.get())
+    }
+
+    /// The place behind `count` segments, and where the room or the chain must end, of `most` segments.
+    pub(super) fn room_behind(&self, count: u32, most: i64) -> (*mut Segment, *mut Segment) {
+        let segs = self.segs.get();
+        let end = i64::from(self.cap.get()).min(most).max(i64::from(count));
+        (segs.wrapping_add(count as usize), segs.wrapping_add(usize::try_from(end).unwrap_or(0)))
     }
 
     /// Ends a handle that is still needed for order: nothing is published for it yet.
@@ -215,17 +229,19 @@ struct Epochs {
     current: GuestRam,
     number: u32,
     /// Earlier ones: number, snapshot, slots of it that are still taken.
-    old: Vec<(u32, GuestRam, u32)>,
+    old: Vec<(u32, GuestRam, usize)>,
 }
 
 /// The slots of a queue.
 pub(super) struct Arena {
     free: Cell<*mut Slot>,
-    /// Slots that are not free.
-    taken: Cell<u32>,
-    /// Handles that are out.
-    out: Cell<u32>,
+    /// Handles made so far, less those that were put back; the number of the latest.
+    popped: Cell<u64>,
+    /// Handles that have ended otherwise.
+    ended: Cell<u64>,
     memory: SlotMemory,
+    /// Number of entries of the queue.
+    size: u16,
     shared: NonNull<Shared>,
     pool: RefCell<Pool>,
     epochs: Epochs,
@@ -244,9 +260,10 @@ impl Arena {
         });
         Arena {
             free: Cell::new(ptr::null_mut()),
-            taken: Cell::new(0),
-            out: Cell::new(0),
+            popped: Cell::new(0),
+            ended: Cell::new(0),
             memory: SlotMemory::new(u32::from(size)),
+            size,
             shared: NonNull::from(Box::leak(shared)),
             pool: RefCell::new(Pool::new(size)),
             epochs: Epochs { current: ram, number: 0, old: Vec::new() },
@@ -275,23 +292,25 @@ impl Arena {
         let slot = unsafe {
             let slot = self.memory.base.add(made as usize).as_ptr();
             slot.write(Slot {
-                segs: Cell::new((&raw mut (*slot).inline).cast()),
-                cap: Cell::new(INLINE as u32),
+                segs: Cell::new(ptr::null_mut()),
+                end: Cell::new(ptr::null_mut()),
                 count: Cell::new(0),
                 readable: Cell::new(0),
                 writable_len: Cell::new(0),
                 id: Cell::new(0),
                 descs: Cell::new(0),
-                epoch: Cell::new(0),
                 seq: Cell::new(0),
-                written: Cell::new(0),
-                mark: Cell::new(Mark::Free),
+                epoch: Cell::new(self.epochs.number),
                 next: AtomicPtr::new(ptr::null_mut()),
                 shared: self.shared.as_ptr(),
+                cap: Cell::new(0),
+                written: Cell::new(0),
                 inline: UnsafeCell::new([const { MaybeUninit::uninit() }; INLINE]),
+                mark: Cell::new(Mark::Out),
             });
             &*slot
         };
+        self.set_room(slot, slot.inline.get().cast(), INLINE as u32);
         self.memory.made.set(made + 1);
         self.free.set(ptr::from_ref(slot).cast_mut());
         Some(slot)
@@ -299,18 +318,16 @@ impl Arena {
 
     /// Takes the slot that [`Self::peek`] gave, and which has its segments by now.
     #[inline(always)]
-    pub(super) fn take(&self, slot: &Slot, shape: &Shape, seq: u32) -> Chain {
+    pub(super) fn take(&self, slot: &Slot, shape: &Shape) -> Chain {
         self.free.set(slot.next.load(Ordering::Relaxed));
         slot.count.set(shape.count);
         slot.readable.set(shape.readable);
         slot.writable_len.set(shape.writable_len);
         slot.id.set(shape.id);
         slot.descs.set(shape.descs);
-        slot.epoch.set(self.epochs.number);
-        slot.seq.set(seq);
-        slot.mark.set(Mark::Out);
-        self.taken.set(self.taken.get() + 1);
-        self.out.set(self.out.get() + 1);
+        let popped = self.popped.get() + 1;
+        slot.seq.set(popped as u32);
+        self.popped.set(popped);
         Chain::new(NonNull::from(slot))
     }
 
@@ -329,21 +346,65 @@ impl Arena {
         if self.slot(&chain).is_none() {
             return Err(chain);
         }
-        self.out.set(self.out.get().wrapping_sub(1));
+        self.ended.set(self.ended.get() + 1);
         // SAFETY: just found to be one of our slots.
         Ok(unsafe { &*chain.into_slot().as_ptr() })
+    }
+
+    /// Takes the handle in as if it had never been made, if it is the latest one.
+    pub(super) fn end_latest(&self, chain: Chain) -> Result<&Slot, Chain> {
+        if self.slot(&chain).is_none_or(|slot| slot.seq() != self.latest()) {
+            return Err(chain);
+        }
+        self.popped.set(self.popped.get() - 1);
+        // SAFETY: just found to be one of our slots.
+        Ok(unsafe { &*chain.into_slot().as_ptr() })
+    }
+
+    /// Lets a number pass, so that no handle is the latest.
+    pub(super) fn skip_seq(&self) {
+        self.popped.set(self.popped.get() + 1);
+        self.ended.set(self.ended.get() + 1);
+    }
+
+    /// The number of the latest handle, cut off as slots have it.
+    pub(super) fn latest(&self) -> u32 {
+        self.popped.get() as u32
+    }
+
+    /// No slot is left: as many chains are taken as the queue has entries, and the driver has more available. Either it
+    /// reuses what it does not own, or the device has dropped some, which are the driver's again after the next
+    /// publication.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn exhausted(&self) -> Result<Option<Chain>, QueueError> {
+        if self.has_dropped() { Ok(None) } else { Err(QueueError::TooManyOutstanding) }
+    }
+
+    /// Most segments of a chain whose elements have so many more of them than there are elements.
+    pub(super) fn most(&self, surplus: i64) -> i64 {
+        i64::from(self.size) + surplus
+    }
+
+    /// Handles made, less those that were put back.
+    #[inline(always)]
+    pub(super) fn popped(&self) -> u64 {
+        self.popped.get()
+    }
+
+    /// Handles that have ended, but for those that were put back.
+    pub(super) fn ended(&self) -> u64 {
+        self.ended.get()
     }
 
     /// Frees a slot whose handle has ended.
     #[inline(always)]
     pub(super) fn release(&self, slot: &Slot) {
-        slot.mark.set(Mark::Free);
         if slot.cap.get() as usize > RETAINED {
             self.give_back(slot);
         }
         slot.next.store(self.free.get(), Ordering::Relaxed);
         self.free.set(ptr::from_ref(slot).cast_mut());
-        self.taken.set(self.taken.get().wrapping_sub(1));
     }
 
     /// Whether the slot is of a former snapshot: then [`Self::leave_epoch`] is due when it is released.
@@ -352,9 +413,11 @@ impl Arena {
         slot.epoch.get() != self.epochs.number
     }
 
-    /// One slot less of a former snapshot; the last one lets it go.
+    /// One slot less of a former snapshot, which is free now; the last one lets it go.
     #[cold]
-    pub(super) fn leave_epoch(&mut self, epoch: u32) {
+    pub(super) fn leave_epoch(&mut self, slot: u32) {
+        let Some(slot) = self.at(slot) else { return };
+        let epoch = slot.epoch.replace(self.epochs.number);
         if let Some(at) = self.epochs.old.iter().position(|(number, ..)| *number == epoch)
             && let Some((.., taken)) = self.epochs.old.get_mut(at)
         {
@@ -367,8 +430,8 @@ impl Arena {
 
     /// Moves to another snapshot; taken slots keep theirs.
     pub(super) fn set_ram(&mut self, ram: GuestRam) {
-        let elsewhere: u32 = self.epochs.old.iter().map(|(.., taken)| taken).sum();
-        let here = self.taken.get().saturating_sub(elsewhere);
+        let number = self.epochs.number;
+        let here = self.taken().filter(|slot| slot.epoch.get() == number).count();
         let former = mem::replace(&mut self.epochs.current, ram);
         if here > 0 {
             self.epochs.old.push((self.epochs.number, former, here));
@@ -380,6 +443,9 @@ impl Arena {
             if !self.epochs.old.iter().any(|(number, ..)| *number == self.epochs.number) {
                 break;
             }
+        }
+        for slot in self.free_slots() {
+            slot.epoch.set(self.epochs.number);
         }
     }
 
@@ -394,19 +460,14 @@ impl Arena {
         old.map_or(&self.epochs.current, |(_, ram, _)| ram)
     }
 
-    pub(super) fn epoch_of(&self, slot: &Slot) -> u32 {
-        slot.epoch.get()
-    }
-
     /// How many snapshots are kept for chains alone.
     pub(super) fn old_snapshots(&self) -> usize {
         self.epochs.old.len()
     }
 
-    /// Handles that are out, those of dropped chains that were not swept yet included.
-    #[inline(always)]
-    pub(super) fn out(&self) -> u32 {
-        self.out.get()
+    /// Handles that are out, those of dropped chains that were not swept yet included: no more than there are slots.
+    pub(super) fn out(&self) -> usize {
+        usize::try_from(self.popped.get() - self.ended.get()).unwrap_or(usize::MAX)
     }
 
     /// The position of a slot, to find it again by [`Self::at`].
@@ -420,9 +481,25 @@ impl Arena {
         (index < self.memory.made.get()).then(|| unsafe { &*self.memory.base.add(index as usize).as_ptr() })
     }
 
+    fn free_slots(&self) -> impl Iterator<Item = &Slot> {
+        let mut slot = self.free.get();
+        std::iter::from_fn(move || {
+            // SAFETY: slots on the list of free ones are made, and ours alone.
+            let at = unsafe { slot.as_ref() }?;
+            slot = at.next.load(Ordering::Relaxed);
+            Some(at)
+        })
+    }
+
     /// All slots that are not free, in no particular order.
     pub(super) fn taken(&self) -> impl Iterator<Item = &Slot> {
-        (0..self.memory.made.get()).filter_map(|i| self.at(i)).filter(|slot| slot.mark.get() != Mark::Free)
+        let mut free = vec![false; self.memory.made.get() as usize];
+        for slot in self.free_slots() {
+            if let Some(mark) = free.get_mut(self.index_of(slot) as usize) {
+                *mark = true;
+            }
+        }
+        (0..).zip(free).filter(|(_, free)| !free).filter_map(|(index, _)| self.at(index))
     }
 
     #[inline(always)]
@@ -442,23 +519,23 @@ impl Arena {
 
     /// Ends the handle of a dropped slot and returns the one behind it.
     pub(super) fn next_dropped(&self, slot: &Slot) -> Option<u32> {
-        self.out.set(self.out.get().wrapping_sub(1));
+        self.ended.set(self.ended.get() + 1);
         let next = slot.next.load(Ordering::Relaxed);
         // SAFETY: as in `take_dropped`.
         NonNull::new(next).map(|slot| self.index_of(unsafe { slot.as_ref() }))
     }
 
-    /// Gives a slot room for more segments than it has, keeping the first `count`.
-    #[cold]
-    #[inline(never)]
-    fn grow(&self, slot: &Slot, count: usize) -> Result<(), QueueError> {
-        let (block, cap) = self.pool.borrow_mut().take(count + 1)?;
+    /// Gives a slot that is not taken room for one segment more than `count`, which it keeps.
+    pub(super) fn make_room(&self, slot: &Slot, count: u32) -> Result<(), QueueError> {
+        if count < slot.cap.get() {
+            return Ok(());
+        }
+        let (block, cap) = self.pool.borrow_mut().take(count as usize + 1)?;
         // SAFETY: `count` segments are initialised at `segs`, and the block has room for more than that; they are
         // pointers and lengths, so that a copy is a move.
-        unsafe { ptr::copy_nonoverlapping(slot.segs.get(), block, count) };
+        unsafe { ptr::copy_nonoverlapping(slot.segs.get(), block, count as usize) };
         self.give_back(slot);
-        slot.segs.set(block);
-        slot.cap.set(cap);
+        self.set_room(slot, block, cap);
         Ok(())
     }
 
@@ -467,9 +544,14 @@ impl Arena {
     fn give_back(&self, slot: &Slot) {
         if slot.cap.get() as usize > INLINE {
             self.pool.borrow_mut().put(slot.segs.get(), slot.cap.get());
-            slot.segs.set(slot.inline.get().cast());
-            slot.cap.set(INLINE as u32);
+            self.set_room(slot, slot.inline.get().cast(), INLINE as u32);
         }
+    }
+
+    fn set_room(&self, slot: &Slot, segs: *mut Segment, cap: u32) {
+        slot.segs.set(segs);
+        slot.cap.set(cap);
+        slot.end.set(segs.wrapping_add(cap.min(u32::from(self.size)) as usize));
     }
 }
 
@@ -486,7 +568,7 @@ impl Drop for Arena {
         // who is the last to know of `Shared`, and it was made by `Box::leak`. The slots of the stack are in `keep`.
         unsafe {
             *(*shared).keep.get() = Some(keep);
-            (*shared).left.store(self.out.get() as usize + 1, Ordering::Relaxed);
+            (*shared).left.store(self.out() + 1, Ordering::Relaxed);
             let mut slot = (*shared).dropped.swap(CLOSED, Ordering::AcqRel);
             let mut ended = 1;
             while let Some(dropped) = slot.as_ref() {
@@ -497,39 +579,5 @@ impl Drop for Arena {
                 drop(Box::from_raw(shared));
             }
         }
-    }
-}
-
-/// Fills the segments of a slot that is being popped.
-pub(super) struct SegSink<'a> {
-    segs: *mut Segment,
-    cap: usize,
-    len: usize,
-    slot: &'a Slot,
-    arena: &'a Arena,
-}
-
-impl<'a> SegSink<'a> {
-    #[inline(always)]
-    pub(super) fn new(arena: &'a Arena, slot: &'a Slot) -> SegSink<'a> {
-        SegSink { segs: slot.segs.get(), cap: slot.cap.get() as usize, len: 0, slot, arena }
-    }
-
-    #[inline(always)]
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    #[inline(always)]
-    pub(super) fn push(&mut self, segment: Segment) -> Result<(), QueueError> {
-        if self.len == self.cap {
-            self.arena.grow(self.slot, self.len)?;
-            self.segs = self.slot.segs.get();
-            self.cap = self.slot.cap.get() as usize;
-        }
-        // SAFETY: `len` is below the capacity of the slot's memory, which nobody else reads before it is taken.
-        unsafe { self.segs.add(self.len).write(segment) };
-        self.len += 1;
-        Ok(())
     }
 }

@@ -1,94 +1,174 @@
 //! A chain while it is being popped: translates and counts its elements, in whatever table they are.
+//!
+//! It has to stay in registers: were its address given to a function that is not inlined, each element would cost a
+//! dozen loads and stores, half of the time of a pop; were it moved in and out of a `Result`, a stall for each copy of a
+//! field that was just written, five times the time. So what is not inlined takes and returns single values, and the
+//! walks go through the device-readable and the device-writable part in two loops, each of which knows what it adds.
 use super::MAX_CHAIN_BYTES;
-use super::arena::{Arena, SegSink, Shape, Slot};
+use super::arena::{Arena, Shape, Slot};
 use super::error::QueueError;
+use super::ring_mem::Desc;
 use crate::memory::{Access, Directory, Segment};
 
+/// Invariant: `next` to `end` is room for segments in the slot's memory, which nobody reads before the slot is taken.
 pub(super) struct Gather<'a> {
-    directory: &'a Directory,
-    segs: SegSink<'a>,
-    /// Elements that may still come: a chain has no more than the queue has entries (2.7.5.3.1, 2.8.17). Ends loops.
-    left: u32,
-    /// Segments before the first device-writable element.
-    readable: usize,
-    writing: bool,
-    readable_bytes: u64,
-    writable_bytes: u64,
+    arena: &'a Arena,
+    slot: &'a Slot,
+    next: *mut Segment,
+    end: *mut Segment,
+    /// Bytes so far.
+    bytes: u64,
+    /// Elements with other than one segment: segments minus elements. All others take one of the places before `end`,
+    /// of which there are no more than a chain may have elements; so they need not be counted.
+    surplus: i64,
+    /// Segments, and bytes, before the device-writable part, if that has begun.
+    readable: Option<(u32, u64)>,
 }
 
 impl<'a> Gather<'a> {
     #[inline(always)]
-    pub(super) fn new(arena: &'a Arena, slot: &'a Slot, size: u32) -> Gather<'a> {
-        Gather {
-            directory: arena.ram().directory(),
-            segs: SegSink::new(arena, slot),
-            left: size,
-            readable: 0,
-            writing: false,
-            readable_bytes: 0,
-            writable_bytes: 0,
-        }
+    pub(super) fn new(arena: &'a Arena, slot: &'a Slot) -> Gather<'a> {
+        let (next, end) = slot.room();
+        Gather { arena, slot, next, end, bytes: 0, surplus: 0, readable: None }
     }
 
     #[inline(always)]
     pub(super) fn directory(&self) -> &'a Directory {
-        self.directory
+        self.arena.ram().directory()
     }
 
-    /// Adds one element.
+    /// Segments so far: at most a few for each element, so that they fit.
     #[inline(always)]
-    pub(super) fn add(&mut self, addr: u64, len: u32, write: bool) -> Result<(), QueueError> {
-        if self.left == 0 {
-            return Err(QueueError::ChainTooLong);
-        }
-        self.left -= 1;
-        let access = if write {
-            if !self.writing {
-                self.writing = true;
-                self.readable = self.segs.len();
-            }
-            self.writable_bytes += u64::from(len);
-            Access::Write
-        } else {
-            if self.writing {
-                return Err(QueueError::ReadableAfterWritable);
-            }
-            self.readable_bytes += u64::from(len);
-            Access::Read
-        };
-        match self.directory.lookup(addr, len, access) {
-            // SAFETY: the directory is of the snapshot that the slot's epoch keeps as long as it is taken.
-            Some(host) => self.segs.push(unsafe { Segment::new(host, len as usize) }),
-            None => self.add_pieces(addr, len, access),
-        }
+    fn count(&self) -> u32 {
+        let bytes = (self.next as usize).wrapping_sub(self.slot.room().0 as usize);
+        (bytes / size_of::<Segment>()) as u32
     }
 
-    /// An element that is empty, unmapped, or more than one piece of host memory.
-    #[cold]
-    #[inline(never)]
-    fn add_pieces(&mut self, addr: u64, len: u32, access: Access) -> Result<(), QueueError> {
-        let segs = &mut self.segs;
-        self.directory.pieces(addr, u64::from(len), access, |host, len| {
-            // SAFETY: as in `add`.
-            segs.push(unsafe { Segment::new(host, len) })
-        })
+    /// Adds an element of the part that the chain is in.
+    #[inline(always)]
+    fn add(&mut self, desc: Desc, access: Access) -> Result<(), QueueError> {
+        let (addr, len) = (desc.addr, desc.len());
+        self.bytes += u64::from(len);
+        let host = match self.directory().lookup(addr, len, access) {
+            Some(host) if self.next != self.end => host,
+            _ => {
+                let before = self.count();
+                let elements = i64::from(before) - self.surplus;
+                let count = add_pieces(self.arena, self.slot, (before, elements), (addr, len, access))?;
+                self.surplus += i64::from(count) - i64::from(before) - 1;
+                (self.next, self.end) = self.slot.room_behind(count, self.arena.most(self.surplus));
+                return Ok(());
+            }
+        };
+        // SAFETY: `next` is below `end`, see the invariant. The directory is of the snapshot that the slot's epoch keeps
+        // as long as it is taken.
+        unsafe { self.next.write(Segment::new(host, len as usize)) };
+        self.next = self.next.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Adds a device-readable element, before all device-writable ones.
+    #[inline(always)]
+    pub(super) fn add_readable(&mut self, desc: Desc) -> Result<(), QueueError> {
+        self.add(desc, Access::Read)
+    }
+
+    /// Adds a device-writable element.
+    #[inline(always)]
+    pub(super) fn add_writable(&mut self, desc: Desc) -> Result<(), QueueError> {
+        self.add(desc, Access::Write)
+    }
+
+    /// From here on there are device-writable elements only.
+    #[inline(always)]
+    pub(super) fn turn(&mut self) {
+        self.readable = Some((self.count(), self.bytes));
+    }
+
+    /// Adds an element that may be of either kind.
+    pub(super) fn add_any(&mut self, desc: Desc, write: bool) -> Result<(), QueueError> {
+        match (self.readable, write) {
+            (Some(_), false) => Err(QueueError::ReadableAfterWritable),
+            (None, false) => self.add_readable(desc),
+            (_, true) => {
+                if self.readable.is_none() {
+                    self.turn();
+                }
+                self.add_writable(desc)
+            }
+        }
     }
 
     /// The finished chain; `id` is the head (split) or the buffer id (packed), `descs` the ring's descriptors.
     #[inline(always)]
     pub(super) fn finish(self, id: u16, descs: u16) -> Result<Shape, QueueError> {
-        let total = self.readable_bytes + self.writable_bytes;
-        if total > MAX_CHAIN_BYTES {
-            return Err(QueueError::ChainTooLarge(total));
+        // The sum is of 65535 lengths at most.
+        if self.bytes > MAX_CHAIN_BYTES {
+            return Err(QueueError::ChainTooLarge(self.bytes));
         }
-        let count = self.segs.len();
-        // The pool has no blocks of 2^32 segments, and lengths above u32::MAX cannot be told to the driver anyway.
-        Ok(Shape {
-            count: count as u32,
-            readable: if self.writing { self.readable as u32 } else { count as u32 },
-            writable_len: u32::try_from(self.writable_bytes).unwrap_or(u32::MAX),
-            id,
-            descs,
-        })
+        let count = self.count();
+        let (readable, readable_bytes) = self.readable.unwrap_or((count, self.bytes));
+        // A length above u32::MAX cannot be told to the driver anyway.
+        let writable_len = u32::try_from(self.bytes - readable_bytes).unwrap_or(u32::MAX);
+        Ok(Shape { count, readable, writable_len, id, descs })
     }
+}
+
+/// Adds an element that is empty, unmapped, or more than one piece of host memory, or for which there is no place left
+/// before `end`, behind the first `count` segments of so many elements. Returns how many segments there are then.
+#[cold]
+#[inline(never)]
+fn add_pieces(
+    arena: &Arena,
+    slot: &Slot,
+    (mut count, elements): (u32, i64),
+    (addr, len, access): (u64, u32, Access),
+) -> Result<u32, QueueError> {
+    // No more than the queue has entries (2.7.5.3.1, 2.8.17). Ends loops.
+    if elements >= arena.most(0) {
+        return Err(QueueError::ChainTooLong);
+    }
+    arena.ram().directory().pieces(addr, u64::from(len), access, |host, len| {
+        arena.make_room(slot, count)?;
+        // SAFETY: there is room for one behind `count`; else as in `Gather::add`.
+        unsafe { slot.room().0.add(count as usize).write(Segment::new(host, len)) };
+        count += 1;
+        Ok::<(), QueueError>(())
+    })?;
+    Ok(count)
+}
+
+/// Walks a chain of the split format: each descriptor says which one is next (2.7.5). Stops at the end, or at a
+/// descriptor with INDIRECT, which is returned.
+#[inline(always)]
+pub(super) fn walk(
+    chain: &mut Gather<'_>,
+    mut desc: Desc,
+    get: impl Fn(u16) -> Option<Desc>,
+) -> Result<Option<Desc>, QueueError> {
+    use super::{INDIRECT, NEXT, WRITE};
+    while desc.split_flags() & (WRITE | INDIRECT) == 0 {
+        chain.add_readable(desc)?;
+        if desc.split_flags() & NEXT == 0 {
+            return Ok(None);
+        }
+        let next = desc.split_next();
+        desc = get(next).ok_or(QueueError::Next(next))?;
+    }
+    if desc.split_flags() & INDIRECT != 0 {
+        return Ok(Some(desc));
+    }
+    chain.turn();
+    loop {
+        chain.add_writable(desc)?;
+        if desc.split_flags() & NEXT == 0 {
+            return Ok(None);
+        }
+        let next = desc.split_next();
+        desc = get(next).ok_or(QueueError::Next(next))?;
+        if desc.split_flags() & (WRITE | INDIRECT) != WRITE {
+            break;
+        }
+    }
+    if desc.split_flags() & INDIRECT != 0 { Ok(Some(desc)) } else { Err(QueueError::ReadableAfterWritable) }
 }

@@ -1,6 +1,7 @@
 //! Indirect tables (2.7.5.3, 2.8.7): descriptors anywhere in guest memory, in one piece of the host's or several.
+use super::arena::Shape;
 use super::error::QueueError;
-use super::gather::Gather;
+use super::gather::{Gather, walk};
 use super::ring_mem::Desc;
 use super::{INDIRECT, NEXT, WRITE};
 use crate::memory::{Access, Directory, copy, load_u64};
@@ -76,10 +77,39 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Adds the elements of a split ring's table: it starts at index 0 and goes on by `next` (2.7.5.3).
-#[inline]
+/// Adds the elements of a split ring's table, the first ones of the chain: it starts at index 0 and goes on by `next`
+/// (2.7.5.3).
+#[inline(always)]
 pub(super) fn split(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
+    let directory = chain.directory();
+    let nested = match Table::new(directory, addr, len)? {
+        Table::Whole(host, len) => {
+            let get = |index| Table::Whole(host, len).get(u32::from(index));
+            // There is a first one, the length is not 0.
+            let first = get(0).ok_or(QueueError::IndirectLength(0))?;
+            walk(chain, first, get)?
+        }
+        table => return split_any(chain, &table),
+    };
+    if nested.is_some() { Err(QueueError::NestedIndirect) } else { Ok(()) }
+}
+
+/// The same behind other elements of the chain.
+#[cold]
+#[inline(never)]
+pub(super) fn split_behind(
+    mut chain: Gather<'_>,
+    addr: u64,
+    len: u32,
+    head: u16,
+) -> Result<Shape, QueueError> {
     let table = Table::new(chain.directory(), addr, len)?;
+    split_any(&mut chain, &table)?;
+    chain.finish(head, 1)
+}
+
+#[cold]
+fn split_any(chain: &mut Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
     let mut index = 0;
     loop {
         let Some(desc) = table.get(u32::from(index)) else { return Err(QueueError::Next(index)) };
@@ -87,7 +117,7 @@ pub(super) fn split(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), Q
         if flags & INDIRECT != 0 {
             return Err(QueueError::NestedIndirect);
         }
-        chain.add(desc.addr, desc.len(), flags & WRITE != 0)?;
+        chain.add_any(desc, flags & WRITE != 0)?;
         if flags & NEXT == 0 {
             return Ok(());
         }
@@ -96,13 +126,42 @@ pub(super) fn split(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), Q
 }
 
 /// Adds the elements of a packed ring's table: all of it, in order; only WRITE counts (2.8.7).
-#[inline]
+#[inline(always)]
 pub(super) fn packed(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
-    let table = Table::new(chain.directory(), addr, len)?;
-    // Ends after as many elements as the queue has entries at most, by the chain's own limit.
+    let directory = chain.directory();
+    let (host, len) = match Table::new(directory, addr, len)? {
+        Table::Whole(host, len) => (host, len),
+        table => return packed_any(chain, &table),
+    };
+    let get = |index| Table::Whole(host, len).get(index);
+    // Both loops end after as many elements as the queue has entries at most, by the chain's own limit.
+    let mut index = 0;
+    let mut desc = loop {
+        match get(index) {
+            Some(desc) if desc.packed_flags() & WRITE == 0 => chain.add_readable(desc)?,
+            Some(desc) => break desc,
+            None => return Ok(()),
+        }
+        index += 1;
+    };
+    chain.turn();
+    loop {
+        chain.add_writable(desc)?;
+        index += 1;
+        desc = match get(index) {
+            Some(desc) if desc.packed_flags() & WRITE != 0 => desc,
+            Some(_) => return Err(QueueError::ReadableAfterWritable),
+            None => return Ok(()),
+        };
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn packed_any(chain: &mut Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
     for index in 0..table.len() {
         let Some(desc) = table.get(index) else { break };
-        chain.add(desc.addr, desc.len(), desc.packed_flags() & WRITE != 0)?;
+        chain.add_any(desc, desc.packed_flags() & WRITE != 0)?;
     }
     Ok(())
 }

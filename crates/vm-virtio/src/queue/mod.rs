@@ -39,8 +39,7 @@ mod tests;
 
 use crate::Features;
 use crate::memory::{GuestRam, Segment};
-use arena::{Arena, Mark, Slot};
-use gather::Gather;
+use arena::{Arena, Mark};
 use in_order::{InOrder, Run};
 use packed::Packed;
 use split::Split;
@@ -61,6 +60,9 @@ const INDIRECT: u16 = 4;
 
 /// Most bytes of a chain (2.7.5.2).
 pub const MAX_CHAIN_BYTES: u64 = 1 << 32;
+
+/// A number of popped chains that is never reached.
+const NEVER: u64 = u64::MAX;
 
 /// What of the negotiated features the rings go by.
 #[derive(Clone, Copy)]
@@ -93,10 +95,8 @@ pub struct QueueCounters {
 
 /// A virtqueue.
 pub struct Queue {
-    /// How many chains may be popped until somebody looks again: 0 if the queue is closed or faulted.
-    allowance: u32,
-    /// Sequence number of the chain that was popped last.
-    seq: u32,
+    /// How many chains may have been popped: 0 if the queue is closed or faulted.
+    limit: u64,
     ring: Ring,
     arena: Arena,
     in_order: Option<Box<InOrder>>,
@@ -104,9 +104,11 @@ pub struct Queue {
     closed: bool,
     budget: u32,
     fault: Option<QueueError>,
-    /// Whether the ring was seen empty in this turn, after the last successful pop.
-    drained: Cell<bool>,
+    /// How many chains had been popped when the ring was seen empty in this turn; [`NEVER`]: it was not.
+    drained: Cell<u64>,
+    /// All but popped and completed chains, which the arena counts: from here on.
     counters: QueueCounters,
+    counted_from: (u64, u64),
     config: QueueConfig,
     /// Chains of the state that the queue began with, not yet adopted.
     unclaimed: Vec<Chain>,
@@ -138,8 +140,7 @@ impl Queue {
         };
         let in_order = features.contains(Features::IN_ORDER).then(|| Box::new(InOrder::new(config.size)));
         let mut queue = Queue {
-            allowance: u32::MAX,
-            seq: 0,
+            limit: 0,
             ring,
             arena: Arena::new(config.size, ram.clone()),
             in_order,
@@ -147,12 +148,15 @@ impl Queue {
             closed: false,
             budget: u32::MAX,
             fault: None,
-            drained: Cell::new(false),
+            drained: Cell::new(NEVER),
             counters: QueueCounters::default(),
+            counted_from: (0, 0),
             config,
             unclaimed: Vec::new(),
         };
         queue.restore_held(state.held)?;
+        queue.counted_from = (queue.arena.popped(), queue.arena.ended());
+        queue.set_budget(u32::MAX);
         Ok(queue)
     }
 
@@ -160,42 +164,37 @@ impl Queue {
     /// (now or before), or out of budget.
     #[inline]
     pub fn pop(&mut self) -> Option<Chain> {
-        if self.allowance == 0 && !self.renew() {
+        if self.arena.popped() >= self.limit {
             return None;
         }
-        let Some(slot) = self.arena.peek() else {
-            self.exhausted();
-            return None;
+        let chain = match &mut self.ring {
+            Ring::Split(ring) => ring.pop(&self.arena),
+            Ring::Packed(ring) => ring.pop(&self.arena),
         };
-        let mut chain = Gather::new(&self.arena, slot, u32::from(self.size));
-        let head = match &mut self.ring {
-            Ring::Split(ring) => ring.pop(&mut chain).map(|head| head.map(|id| (id, 1))),
-            Ring::Packed(ring) => ring.pop(&mut chain),
-        };
-        let shape = match head {
-            Ok(Some((id, descs))) => chain.finish(id, descs),
-            Ok(None) => {
-                self.drained.set(true);
-                return None;
-            }
-            Err(error) => Err(error),
-        };
-        let shape = match shape {
-            Ok(shape) => shape,
-            Err(error) => {
-                self.latch(error);
-                return None;
-            }
-        };
-        self.seq = self.seq.wrapping_add(1);
-        let chain = self.arena.take(slot, &shape, self.seq);
-        if let Some(in_order) = &mut self.in_order {
-            in_order.order.push_back(self.arena.index_of(slot));
+        if chain.is_none() || self.in_order.is_some() {
+            return self.popped(chain);
         }
-        self.drained.set(false);
-        self.allowance -= 1;
-        self.counters.popped += 1;
-        Some(chain)
+        chain
+    }
+
+    /// What is not the usual end of a pop.
+    #[inline(never)]
+    fn popped(&mut self, chain: Option<Chain>) -> Option<Chain> {
+        if let Some(chain) = &chain {
+            if let (Some(in_order), Some(slot)) = (&mut self.in_order, self.arena.slot(chain)) {
+                in_order.order.push_back(self.arena.index_of(slot));
+            }
+        } else {
+            let violation = match &mut self.ring {
+                Ring::Split(ring) => ring.violation(),
+                Ring::Packed(ring) => ring.violation(),
+            };
+            match violation {
+                Some(error) => self.latch(error),
+                None => self.drained.set(self.arena.popped()),
+            }
+        }
+        chain
     }
 
     /// Pops until there is nothing more, or the budget is spent.
@@ -219,7 +218,6 @@ impl Queue {
             written = slot.writable_len();
             self.counters.clamped += 1;
         }
-        self.counters.completed += 1;
         if self.in_order.is_some() || self.arena.is_old(slot) {
             let slot = self.arena.index_of(slot);
             return self.complete_slowly(slot, written);
@@ -249,11 +247,7 @@ impl Queue {
 
     /// Puts the chain that was popped last back, to be popped again; any other one comes back as the error.
     pub fn unpop(&mut self, chain: Chain) -> Result<(), Chain> {
-        let latest = self.arena.slot(&chain).is_some_and(|slot| slot.seq() == self.seq);
-        if !latest {
-            return Err(chain);
-        }
-        let slot = self.arena.end(chain)?;
+        let slot = self.arena.end_latest(chain)?;
         match &mut self.ring {
             Ring::Split(ring) => ring.unpop(),
             Ring::Packed(ring) => ring.unpop(slot.descs()),
@@ -263,11 +257,7 @@ impl Queue {
             in_order.order.pop_back();
         }
         self.release(slot);
-        self.seq = self.seq.wrapping_sub(1);
-        self.counters.popped = self.counters.popped.saturating_sub(1);
-        if self.allowance > 0 || self.budget_spent() {
-            self.allowance = self.allowance.saturating_add(1);
-        }
+        self.drained.set(NEVER);
         Ok(())
     }
 
@@ -378,7 +368,7 @@ impl Queue {
             Ring::Packed(ring) => ring.has_available(),
         };
         if !available {
-            self.drained.set(true);
+            self.drained.set(self.arena.popped());
         }
         available
     }
@@ -386,19 +376,23 @@ impl Queue {
     /// How many chains may be popped from now on, until this is set again; `u32::MAX`: any number.
     pub fn set_budget(&mut self, chains: u32) {
         self.budget = chains;
-        self.drained.set(false);
-        self.allowance = if self.closed || self.fault.is_some() { 0 } else { chains };
+        self.drained.set(NEVER);
+        self.limit = match chains {
+            _ if self.closed || self.fault.is_some() => 0,
+            u32::MAX => u64::MAX,
+            _ => self.arena.popped() + u64::from(chains),
+        };
     }
 
     /// Whether the budget is what keeps [`Self::pop`] from popping.
     pub fn budget_spent(&self) -> bool {
-        !self.closed && self.fault.is_none() && self.allowance == 0 && self.budget != u32::MAX
+        !self.closed && self.fault.is_none() && self.arena.popped() >= self.limit
     }
 
     /// Pops nothing any more; takes completions.
     pub fn close(&mut self) {
         self.closed = true;
-        self.allowance = 0;
+        self.limit = 0;
     }
 
     /// Ends [`Self::close`], with a budget as it was set last.
@@ -415,7 +409,7 @@ impl Queue {
     /// Whether the ring was seen empty, by [`Self::pop`] or [`Self::has_available`], since the budget was last set and
     /// since the last successful pop: it is not the device that left something.
     pub fn drained(&self) -> bool {
-        self.drained.get()
+        self.drained.get() == self.arena.popped()
     }
 
     /// Chains that are out: neither completed, discarded, put back nor dropped. Takes back those that were dropped, so
@@ -424,7 +418,7 @@ impl Queue {
         if self.arena.has_dropped() {
             self.sweep();
         }
-        self.arena.out() as usize
+        self.arena.out()
     }
 
     /// Moves to another snapshot of guest memory; chains that are out stay with theirs. If the rings are not in it,
@@ -469,8 +463,12 @@ impl Queue {
     }
 
     /// What happened so far.
-    pub fn counters(&self) -> &QueueCounters {
-        &self.counters
+    pub fn counters(&self) -> QueueCounters {
+        let (popped, ended) = self.counted_from;
+        let mut counters = self.counters;
+        counters.popped = self.arena.popped() - popped;
+        counters.completed = self.arena.ended() - ended - counters.discarded;
+        counters
     }
 
     /// Latches the first violation.
@@ -478,31 +476,7 @@ impl Queue {
     #[inline(never)]
     fn latch(&mut self, error: QueueError) {
         self.fault.get_or_insert(error);
-        self.allowance = 0;
-    }
-
-    /// The allowance is used up: on with it, if there never was a limit.
-    #[cold]
-    fn renew(&mut self) -> bool {
-        let unlimited = !self.closed && self.fault.is_none() && self.budget == u32::MAX;
-        if unlimited {
-            self.allowance = u32::MAX;
-        }
-        unlimited
-    }
-
-    /// As many chains are taken as the queue has entries, and the driver has more available: it reuses what it does
-    /// not own.
-    #[cold]
-    #[inline(never)]
-    fn exhausted(&mut self) {
-        if self.arena.has_dropped() {
-            // One of them may be the device's to lose; it pops again after the next publication.
-            return;
-        }
-        if self.has_available() {
-            self.latch(QueueError::TooManyOutstanding);
-        }
+        self.limit = 0;
     }
 
     #[cold]
@@ -533,6 +507,7 @@ impl Queue {
             in_order.order.pop_front();
             let filled = at.written() == at.writable_len();
             let run = in_order.used(at.id(), at.written(), at.descs(), filled);
+            at.hold(Mark::Out, 0);
             if let Some(run) = run {
                 self.put_run(run);
             }
@@ -550,10 +525,10 @@ impl Queue {
     /// Frees a slot whose handle has ended, and lets its snapshot go if it was the last one of it.
     fn release(&mut self, slot: u32) {
         let Some(at) = self.arena.at(slot) else { return };
-        let old = self.arena.is_old(at).then(|| self.arena.epoch_of(at));
+        let old = self.arena.is_old(at);
         self.arena.release(at);
-        if let Some(epoch) = old {
-            self.arena.leave_epoch(epoch);
+        if old {
+            self.arena.leave_epoch(slot);
         }
     }
 
@@ -566,7 +541,6 @@ impl Queue {
             let Some(at) = self.arena.at(slot) else { return };
             next = self.arena.next_dropped(at);
             self.counters.swept += 1;
-            self.counters.completed += 1;
             self.complete_slowly(slot, 0);
         }
     }
@@ -583,12 +557,5 @@ impl std::fmt::Debug for Queue {
             .field("outstanding", &self.arena.out())
             .field("fault", &self.fault)
             .finish_non_exhaustive()
-    }
-}
-
-impl Slot {
-    /// Whether a state has to tell of it.
-    fn is_held(&self) -> bool {
-        matches!(self.mark(), Mark::Out | Mark::Done)
     }
 }

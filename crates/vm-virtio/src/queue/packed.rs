@@ -5,11 +5,13 @@
 //! follows (2.8.21.1.1). Of a batch of used descriptors, the first is the one that the driver polls (2.8.2): the
 //! others are written as they come, and it last, by a swap with sequential consistency, after which the driver's event
 //! structure is read. The driver does the reverse (2.8.22), so that one of both sees the other.
+use super::arena::Arena;
+use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
 use super::gather::Gather;
 use super::indirect;
-use super::ring_mem::{Descs, EventArea};
+use super::ring_mem::{Desc, Descs, EventArea};
 use super::state::{QueueState, RingPos};
 use super::{INDIRECT, NEXT, Negotiated, WRITE};
 
@@ -91,6 +93,7 @@ pub(super) struct Packed {
     in_flight: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
+    violation: Option<QueueError>,
 }
 
 impl Packed {
@@ -133,6 +136,7 @@ impl Packed {
             batch: 0,
             in_flight,
             armed: true,
+            violation: None,
         })
     }
 
@@ -143,51 +147,96 @@ impl Packed {
         self.device_event = EventArea::new(&areas.device);
     }
 
-    /// Walks the next list; returns buffer id and number of descriptors. Nothing moves if there is none, or on a
-    /// violation.
+    /// Pops the next list. `None`: there is none, or what there is breaks a rule: then there is a violation to take.
+    /// Nothing moves in either case.
+    #[inline(never)]
+    pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
+        match self.try_pop(arena) {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.violation = Some(error);
+                None
+            }
+        }
+    }
+
+    /// What the last pop stumbled over.
+    pub(super) fn violation(&mut self) -> Option<QueueError> {
+        self.violation.take()
+    }
+
     #[inline(always)]
-    pub(super) fn pop(&mut self, chain: &mut Gather<'_>) -> Result<Option<(u16, u16)>, QueueError> {
-        let mut at = self.next_avail;
-        let Some(Ok(mut desc)) = self.ring.packed(at.index, at.pattern) else { return Ok(None) };
-        let mut descs: u16 = 1;
-        let mut flags = desc.packed_flags();
-        if flags & INDIRECT != 0 {
-            // A list is either direct or one indirect descriptor (2.8.5, 2.8.19); WRITE means nothing on it (2.8.7).
-            if flags & NEXT != 0 {
+    fn try_pop(&mut self, arena: &Arena) -> Result<Option<Chain>, QueueError> {
+        let start = self.next_avail;
+        let Some(Ok(desc)) = self.ring.packed(start.index, start.pattern) else { return Ok(None) };
+        let Some(slot) = arena.peek() else { return arena.exhausted() };
+        let mut chain = Gather::new(arena, slot);
+        let mut at = start;
+        let last = if desc.packed_flags() & INDIRECT == 0 {
+            self.walk(&mut chain, desc, &mut at)?
+        } else {
+            // A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
+            if desc.packed_flags() & NEXT != 0 {
                 return Err(QueueError::IndirectInList);
             }
             if !self.negotiated.indirect {
                 return Err(QueueError::IndirectNotNegotiated);
             }
-            indirect::packed(chain, desc.addr, desc.len())?;
+            indirect::packed(&mut chain, desc.addr, desc.len())?;
+            desc
+        };
+        at.step(self.size);
+        // From the start to where the list ends: a whole lap if they are the same, for there is one descriptor at least.
+        let descs = if at.index > start.index {
+            at.index - start.index
         } else {
+            at.index + (self.size - start.index)
+        };
+        // Neither is above the size, which is at most 32768.
+        if self.in_flight + descs > self.size {
+            return Err(QueueError::TooManyOutstanding);
+        }
+        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
+        let shape = chain.finish(last.packed_id(), descs)?;
+        self.in_flight += descs;
+        self.next_avail = at;
+        Ok(Some(arena.take(slot, &shape)))
+    }
+
+    /// Walks a list of direct descriptors and returns the last one, which `at` is then at. It has no more descriptors
+    /// than the ring: the chain takes no more elements.
+    #[inline(always)]
+    fn walk(&self, chain: &mut Gather<'_>, mut desc: Desc, at: &mut Cursor) -> Result<Desc, QueueError> {
+        let next = |at: &mut Cursor| {
+            at.step(self.size);
+            match self.ring.packed(at.index, at.pattern) {
+                Some(Ok(desc)) => Ok(desc),
+                _ => Err(QueueError::NotAvailable(at.index)),
+            }
+        };
+        while desc.packed_flags() & (WRITE | INDIRECT) == 0 {
+            chain.add_readable(desc)?;
+            if desc.packed_flags() & NEXT == 0 {
+                return Ok(desc);
+            }
+            desc = next(at)?;
+        }
+        if desc.packed_flags() & INDIRECT == 0 {
+            chain.turn();
             loop {
-                chain.add(desc.addr, desc.len(), flags & WRITE != 0)?;
-                if flags & NEXT == 0 {
-                    break;
+                chain.add_writable(desc)?;
+                if desc.packed_flags() & NEXT == 0 {
+                    return Ok(desc);
                 }
-                at.step(self.size);
-                // Stays below `size`: the chain takes no more elements than that.
-                descs = descs.saturating_add(1);
-                desc = match self.ring.packed(at.index, at.pattern) {
-                    Some(Ok(desc)) => desc,
-                    _ => return Err(QueueError::NotAvailable(at.index)),
-                };
-                flags = desc.packed_flags();
-                if flags & INDIRECT != 0 {
-                    return Err(QueueError::IndirectInList);
+                desc = next(at)?;
+                if desc.packed_flags() & (WRITE | INDIRECT) != WRITE {
+                    break;
                 }
             }
         }
-        let in_flight = self.in_flight.saturating_add(descs);
-        if in_flight > self.size {
-            return Err(QueueError::TooManyOutstanding);
-        }
-        self.in_flight = in_flight;
-        at.step(self.size);
-        self.next_avail = at;
-        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
-        Ok(Some((desc.packed_id(), descs)))
+        // A list is either direct or one indirect descriptor (2.8.5, 2.8.19).
+        let indirect = desc.packed_flags() & INDIRECT != 0;
+        Err(if indirect { QueueError::IndirectInList } else { QueueError::ReadableAfterWritable })
     }
 
     /// Steps back over the list that was popped last.

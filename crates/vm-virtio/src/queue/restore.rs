@@ -3,6 +3,7 @@ use super::arena::Slot;
 use super::chain::ChainId;
 use super::error::QueueError;
 use super::gather::Gather;
+use super::ring_mem::Desc;
 use super::state::{HeldChain, QueueState, RingPos};
 use super::{Mark, Queue, Ring};
 use crate::memory::{GuestAddress, GuestRam, Segment};
@@ -19,9 +20,11 @@ impl Queue {
     /// in neither.
     pub fn state(&self) -> QueueState {
         let (avail, used) = self.positions();
-        let mut slots: Vec<&Slot> = self.arena.taken().filter(|slot| slot.is_held()).collect();
-        // Sequence numbers wrap; no chain is 2^32 behind the latest.
-        slots.sort_by_key(|slot| std::cmp::Reverse(self.seq.wrapping_sub(slot.seq())));
+        let mut slots: Vec<&Slot> =
+            self.arena.taken().filter(|slot| slot.mark() != Mark::Discarded).collect();
+        // Numbers wrap; no chain is 2^32 behind the latest.
+        let latest = self.arena.latest();
+        slots.sort_by_key(|slot| std::cmp::Reverse(latest.wrapping_sub(slot.seq())));
         let held = slots.into_iter().map(|slot| self.held(slot)).collect();
         QueueState { avail, used, held }
     }
@@ -52,17 +55,16 @@ impl Queue {
                 .arena
                 .peek()
                 .ok_or(QueueError::State("more chains are held than the queue has entries"))?;
-            let mut gather = Gather::new(&self.arena, slot, u32::from(self.size));
+            let mut gather = Gather::new(&self.arena, slot);
             for (addr, len) in &chain.readable {
-                gather.add(addr.0, *len, false)?;
+                gather.add_any(Desc::new(addr.0, u64::from(*len)), false)?;
             }
             for (addr, len) in &chain.writable {
-                gather.add(addr.0, *len, true)?;
+                gather.add_any(Desc::new(addr.0, u64::from(*len)), true)?;
             }
             let shape = gather.finish(chain.id.0, chain.descs)?;
-            self.seq = self.seq.wrapping_add(1);
             let room = shape.writable_len;
-            let handle = self.arena.take(slot, &shape, self.seq);
+            let handle = self.arena.take(slot, &shape);
             let slot = self.arena.index_of(slot);
             if let Some(in_order) = &mut self.in_order {
                 in_order.order.push_back(slot);
@@ -85,7 +87,7 @@ impl Queue {
             }
         }
         // The chain that was popped last may be long gone: none of these can be put back.
-        self.seq = self.seq.wrapping_add(1);
+        self.arena.skip_seq();
         Ok(())
     }
 }

@@ -30,6 +30,22 @@ impl<'a> Position<'a> {
             .saturating_sub(self.offset as u64)
     }
 
+    /// Moves on by `count` bytes if they are in one segment, as they mostly are: that, and the offset in it.
+    #[inline(always)]
+    fn within(&mut self, count: usize) -> Option<(&'a Segment, usize)> {
+        let (first, rest) = self.segments.split_first()?;
+        let offset = self.offset;
+        let left = first.len() - offset;
+        if count < left {
+            self.offset += count;
+        } else if count == left {
+            (self.segments, self.offset) = (rest, 0);
+        } else {
+            return None;
+        }
+        Some((first, offset))
+    }
+
     /// Moves on by up to `count` bytes, calling `piece` for each segment's part: its offset, and the parts' so far.
     #[inline(always)]
     fn step(&mut self, count: usize, mut piece: impl FnMut(&'a Segment, usize, usize, usize)) -> usize {
@@ -79,6 +95,9 @@ impl<'a> Reader<'a> {
     #[inline]
     pub fn read(&mut self, data: &mut [u8]) -> usize {
         let count = data.len();
+        if let Some((segment, offset)) = self.0.within(count) {
+            return segment.read(offset, data);
+        }
         self.0.step(count, |segment, offset, done, part| {
             if let Some(data) = data.get_mut(done..done + part) {
                 segment.read(offset, data);
@@ -141,6 +160,10 @@ impl<'a> Writer<'a> {
     /// Writes as much of `data` as there is room for; returns how much that was.
     #[inline]
     pub fn write(&mut self, data: &[u8]) -> usize {
+        if let Some((segment, offset)) = self.position.within(data.len()) {
+            self.written += data.len() as u64;
+            return segment.write(offset, data);
+        }
         let done = self.position.step(data.len(), |segment, offset, done, part| {
             if let Some(data) = data.get(done..done + part) {
                 segment.write(offset, data);

@@ -5,13 +5,15 @@
 //! entries are visible before it (2.7.8.2), and the look at `used_event` or the flags comes after it. The driver does
 //! the reverse - stores its event, full barrier, looks at the index (2.7.14) - so one of both sees the other: no
 //! interrupt is lost. Arming is the same with `avail_event` and the available index (2.7.13.4.1).
+use super::arena::Arena;
+use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
-use super::gather::Gather;
+use super::gather::{Gather, walk};
 use super::indirect;
-use super::ring_mem::{AvailRing, Descs, UsedRing};
+use super::ring_mem::{AvailRing, Desc, Descs, UsedRing};
 use super::state::{QueueState, RingPos};
-use super::{INDIRECT, NEXT, Negotiated, WRITE};
+use super::{INDIRECT, NEXT, Negotiated};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -34,6 +36,7 @@ pub(super) struct Split {
     published: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
+    violation: Option<QueueError>,
 }
 
 impl Split {
@@ -79,6 +82,7 @@ impl Split {
             next_used: used,
             published: used,
             armed: true,
+            violation: None,
         })
     }
 
@@ -89,39 +93,62 @@ impl Split {
         self.used = UsedRing::new(&areas.device);
     }
 
-    /// Walks the next chain; returns its head. Nothing moves if there is none, or on a violation.
+    /// Pops the next chain. `None`: there is none, or what there is breaks a rule: then there is a violation to take.
+    /// Nothing moves in either case.
+    #[inline(never)]
+    pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
+        match self.try_pop(arena) {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.violation = Some(error);
+                None
+            }
+        }
+    }
+
+    /// What the last pop stumbled over.
+    pub(super) fn violation(&mut self) -> Option<QueueError> {
+        self.violation.take()
+    }
+
     #[inline(always)]
-    pub(super) fn pop(&mut self, chain: &mut Gather<'_>) -> Result<Option<u16>, QueueError> {
+    fn try_pop(&mut self, arena: &Arena) -> Result<Option<Chain>, QueueError> {
         if self.next_avail == self.avail_idx && !self.refresh()? {
             return Ok(None);
         }
+        let Some(slot) = arena.peek() else { return arena.exhausted() };
         let head = self.avail.head(self.next_avail);
-        let Some(mut desc) = self.desc.split(head) else { return Err(QueueError::Head(head)) };
-        loop {
-            let flags = desc.split_flags();
-            if flags & INDIRECT != 0 {
-                // Zero or more direct ones may come before it (2.7.5.3.2); WRITE means nothing on it.
-                if flags & NEXT != 0 {
-                    return Err(QueueError::IndirectInList);
+        let Some(desc) = self.desc.split(head) else { return Err(QueueError::Head(head)) };
+        let shape = if desc.split_flags() & INDIRECT == 0 {
+            let mut chain = Gather::new(arena, slot);
+            match walk(&mut chain, desc, |next| self.desc.split(next))? {
+                None => chain.finish(head, 1)?,
+                Some(table) => {
+                    // Zero or more direct ones may come before it (2.7.5.3.2).
+                    self.check_table(table)?;
+                    indirect::split_behind(chain, table.addr, table.len(), head)?
                 }
-                if !self.negotiated.indirect {
-                    return Err(QueueError::IndirectNotNegotiated);
-                }
-                indirect::split(chain, desc.addr, desc.len())?;
-                break;
             }
-            chain.add(desc.addr, desc.len(), flags & WRITE != 0)?;
-            if flags & NEXT == 0 {
-                break;
-            }
-            let next = desc.split_next();
-            desc = match self.desc.split(next) {
-                Some(desc) => desc,
-                None => return Err(QueueError::Next(next)),
-            };
-        }
+        } else {
+            self.check_table(desc)?;
+            let mut chain = Gather::new(arena, slot);
+            indirect::split(&mut chain, desc.addr, desc.len())?;
+            chain.finish(head, 1)?
+        };
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(head))
+        Ok(Some(arena.take(slot, &shape)))
+    }
+
+    /// A descriptor that refers to a table is the last one. WRITE means nothing on it (2.7.5.3.2).
+    #[inline(always)]
+    fn check_table(&self, desc: Desc) -> Result<(), QueueError> {
+        if desc.split_flags() & NEXT != 0 {
+            return Err(QueueError::IndirectInList);
+        }
+        if !self.negotiated.indirect {
+            return Err(QueueError::IndirectNotNegotiated);
+        }
+        Ok(())
     }
 
     /// Reads the available index; whether there is something to pop.

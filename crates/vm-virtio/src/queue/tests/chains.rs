@@ -44,7 +44,7 @@ fn a_dropped_chain_goes_back_with_length_0_and_is_counted() {
             let mut expected = vec![(ids[0], 8), (ids[1], 0), (ids[2], 0), (ids[3], 8)];
             expected.sort_unstable();
             assert_eq!(used, expected);
-            let counters = *queue.counters();
+            let counters = queue.counters();
             assert_eq!((counters.popped, counters.completed, counters.swept), (4, 4, 2));
             assert_eq!(queue.outstanding(), 0);
         }

@@ -331,7 +331,7 @@ impl World {
         self.publish();
         self.collect();
         assert_eq!((self.driver.out(), self.queue.outstanding()), (0, 0));
-        let counters = *self.queue.counters();
+        let counters = self.queue.counters();
         assert_eq!(counters.foreign, 0);
         assert_eq!(self.queue.old_snapshots(), 0);
     }

@@ -44,8 +44,8 @@
 //!   number of front-ends. One at a time: a second one is turned away by closing its connection.
 //! * A device keeps its state when its front-end goes, and loses it with RESET_DEVICE, SET_STATUS(0), or when a driver
 //!   begins from scratch.
-//! * SIGTERM and SIGINT: requests that were taken are finished (for at most 3 seconds), sockets are removed. A second
-//!   signal ends at once.
+//! * SIGTERM and SIGINT: requests that were taken are finished, sockets are removed. That takes at most 3 seconds, or up
+//!   to 5 more if a front-end has just asked for the same. A second signal ends at once.
 //! * A front-end's mistakes end its own connection at most.
 //!
 //! # Exit codes

@@ -506,6 +506,8 @@ impl<W: Worker> LaneRunner<W> {
         let shared = &self.up.shared;
         shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
         let reason = format!("queue {queue}: {error}");
+        // Before anybody hears of it: who then looks at the status has to find it there.
+        shared.add_status(Status::DEVICE_NEEDS_RESET);
         shared.events.event(HostEvent::QueueFault { queue, error });
         shared.needs_reset(reason);
     }

@@ -92,7 +92,7 @@ impl Walked {
             // SAFETY: the element has 64 bytes, aligned to 64.
             *word = unsafe { host.cast::<u64>().add(i).read_volatile() };
         }
-        std::hint::black_box(bytes)[0]
+        std::hint::black_box(&bytes)[0]
     }
 }
 

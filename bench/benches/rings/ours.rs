@@ -43,7 +43,7 @@ impl Device for Ours {
     fn read(&self, chain: &Chain) -> u64 {
         let mut bytes = [0; 64];
         assert!(self.0.reader(chain).read(&mut bytes) == 64);
-        u64::from(std::hint::black_box(bytes)[0])
+        u64::from(std::hint::black_box(&bytes)[0])
     }
 
     #[inline(always)]

@@ -66,7 +66,7 @@ impl Device for Peer {
         let mut bytes = [0; 64];
         let mut reader: Reader<'_, ()> = chain.clone().reader(self.memory).expect("mapped");
         reader.read_exact(&mut bytes).expect("64 bytes");
-        Some((chain, u64::from(std::hint::black_box(bytes)[0])))
+        Some((chain, u64::from(std::hint::black_box(&bytes)[0])))
     }
 
     fn translated(&self, _: &PeerChain) -> u64 {

@@ -18,21 +18,13 @@ const LONG: usize = 192;
 /// # Safety
 /// `src` must be valid for reads and `dst` for writes of `len` bytes, except that another party may write to either
 /// at the same time. If they overlap, the bytes of `dst` are unspecified.
-#[inline]
+// Inlined wherever it is used: mostly the length is that of a structure, and then it is a handful of instructions.
+#[inline(always)]
 pub(crate) unsafe fn copy(src: *const u8, dst: *mut u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     if len > LONG {
-        // SAFETY: the caller vouches for both ranges; the direction flag is clear by the ABI; nothing but these
-        // registers and the range of `dst` changes.
-        unsafe {
-            std::arch::asm!(
-                "rep movsb",
-                inout("rcx") len => _,
-                inout("rsi") src => _,
-                inout("rdi") dst => _,
-                options(nostack, preserves_flags)
-            );
-        }
+        // SAFETY: the caller's.
+        unsafe { copy_long(src, dst, len) };
         return;
     }
     let mut at = 0;
@@ -61,6 +53,26 @@ pub(crate) unsafe fn copy(src: *const u8, dst: *mut u8, len: usize) {
     if len - at >= 1 {
         // SAFETY: as above, one byte.
         unsafe { step::<u8>(src.add(at), dst.add(at)) };
+    }
+}
+
+/// The same for lengths that make it worth while.
+///
+/// # Safety
+/// As [`copy`].
+#[cfg(target_arch = "x86_64")]
+#[inline(never)]
+unsafe fn copy_long(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller vouches for both ranges; the direction flag is clear by the ABI; nothing but these registers
+    // and the range of `dst` changes.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rsi") src => _,
+            inout("rdi") dst => _,
+            options(nostack, preserves_flags)
+        );
     }
 }
 

@@ -42,7 +42,7 @@ impl Segment {
     }
 
     /// Copies from the segment, beginning `offset` bytes into it; returns how many bytes there were to copy.
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, offset: usize, data: &mut [u8]) -> usize {
         if offset <= self.len && data.len() <= self.len - offset {
             // By itself because the length is often a constant, and the copy then a few instructions.
@@ -57,7 +57,7 @@ impl Segment {
     }
 
     /// Copies into the segment, beginning `offset` bytes into it; returns how many bytes there was room for.
-    #[inline]
+    #[inline(always)]
     pub fn write(&self, offset: usize, data: &[u8]) -> usize {
         if offset <= self.len && data.len() <= self.len - offset {
             // SAFETY: that many bytes are within the segment, and are what `data` has.

@@ -52,11 +52,14 @@ pub(super) struct Slot {
     epoch: Cell<u32>,
     next: AtomicPtr<Slot>,
     shared: *const Shared,
-    cap: Cell<u32>,
     written: Cell<u32>,
-    inline: UnsafeCell<[MaybeUninit<Segment>; INLINE]>,
     mark: Cell<Mark>,
+    /// Of the block that `segs` points at: see the pool. 0: `inline`.
+    class: Cell<u8>,
+    inline: UnsafeCell<[MaybeUninit<Segment>; INLINE]>,
 }
+
+const _: () = assert!(size_of::<Slot>() == 128);
 
 /// What a chain is made of, as the walk found it.
 pub(super) struct Shape {
@@ -102,10 +105,22 @@ impl Slot {
         (self.segs.get(), self.end.get())
     }
 
+    /// How many segments there are before that place: at most a few for each element, so that they fit.
+    #[inline(always)]
+    pub(super) fn count_to(&self, next: *mut Segment) -> u32 {
+        let bytes = (next as usize).wrapping_sub(self.segs.get() as usize);
+        (bytes / size_of::<Segment>()) as u32
+    }
+
+    /// How many segments there is room for.
+    fn cap(&self) -> u32 {
+        Pool::cap(self.class.get()).unwrap_or(INLINE as u32)
+    }
+
     /// The place behind `count` segments, and where the room or the chain must end, of `most` segments.
     pub(super) fn room_behind(&self, count: u32, most: i64) -> (*mut Segment, *mut Segment) {
         let segs = self.segs.get();
-        let end = i64::from(self.cap.get()).min(most).max(i64::from(count));
+        let end = i64::from(self.cap()).min(most).max(i64::from(count));
         (segs.wrapping_add(count as usize), segs.wrapping_add(usize::try_from(end).unwrap_or(0)))
     }
 
@@ -212,9 +227,7 @@ impl Drop for SlotMemory {
             // SAFETY: nobody else has the slots any more; a block of the slot is its own.
             unsafe {
                 let slot = slot.as_ref();
-                if slot.cap.get() as usize > INLINE {
-                    Pool::free(slot.segs.get(), slot.cap.get() as usize);
-                }
+                Pool::free(slot.segs.get(), slot.class.get());
             }
         }
         if let Some(layout) = Self::layout(self.len) {
@@ -239,6 +252,9 @@ pub(super) struct Arena {
     popped: Cell<u64>,
     /// Handles that have ended otherwise.
     ended: Cell<u64>,
+    /// See [`Self::surplus`]: with the value of `popped` that it belongs to.
+    surplus: Cell<(u64, i64)>,
+    parked: Cell<Option<QueueError>>,
     memory: SlotMemory,
     /// Number of entries of the queue.
     size: u16,
@@ -262,6 +278,8 @@ impl Arena {
             free: Cell::new(ptr::null_mut()),
             popped: Cell::new(0),
             ended: Cell::new(0),
+            surplus: Cell::new((0, 0)),
+            parked: Cell::new(None),
             memory: SlotMemory::new(u32::from(size)),
             size,
             shared: NonNull::from(Box::leak(shared)),
@@ -303,14 +321,14 @@ impl Arena {
                 epoch: Cell::new(self.epochs.number),
                 next: AtomicPtr::new(ptr::null_mut()),
                 shared: self.shared.as_ptr(),
-                cap: Cell::new(0),
                 written: Cell::new(0),
-                inline: UnsafeCell::new([const { MaybeUninit::uninit() }; INLINE]),
                 mark: Cell::new(Mark::Out),
+                class: Cell::new(0),
+                inline: UnsafeCell::new([const { MaybeUninit::uninit() }; INLINE]),
             });
             &*slot
         };
-        self.set_room(slot, slot.inline.get().cast(), INLINE as u32);
+        self.set_room(slot, slot.inline.get().cast(), 0);
         self.memory.made.set(made + 1);
         self.free.set(ptr::from_ref(slot).cast_mut());
         Some(slot)
@@ -357,6 +375,7 @@ impl Arena {
             return Err(chain);
         }
         self.popped.set(self.popped.get() - 1);
+        self.set_surplus(0);
         // SAFETY: just found to be one of our slots.
         Ok(unsafe { &*chain.into_slot().as_ptr() })
     }
@@ -381,9 +400,33 @@ impl Arena {
         if self.has_dropped() { Ok(None) } else { Err(QueueError::TooManyOutstanding) }
     }
 
-    /// Most segments of a chain whose elements have so many more of them than there are elements.
-    pub(super) fn most(&self, surplus: i64) -> i64 {
-        i64::from(self.size) + surplus
+    /// Most elements of a chain.
+    pub(super) fn most(&self) -> i64 {
+        i64::from(self.size)
+    }
+
+    /// Segments minus elements of the chain that is being popped, of those elements that do not have one segment. All
+    /// others take one of the places before the end that a slot tells of, of which there are no more than a chain may
+    /// have elements; so they need not be counted.
+    pub(super) fn surplus(&self) -> i64 {
+        // What is there may be of a chain before.
+        let (chain, surplus) = self.surplus.get();
+        if chain == self.popped.get() { surplus } else { 0 }
+    }
+
+    pub(super) fn set_surplus(&self, surplus: i64) {
+        self.surplus.set((self.popped.get(), surplus));
+    }
+
+    /// Keeps a violation until the walk is back where it can be told.
+    pub(super) fn park(&self, error: QueueError) {
+        self.parked.set(Some(error));
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn parked(&self) -> QueueError {
+        self.parked.take().unwrap_or(QueueError::ChainTooLong)
     }
 
     /// Handles made, less those that were put back.
@@ -400,7 +443,7 @@ impl Arena {
     /// Frees a slot whose handle has ended.
     #[inline(always)]
     pub(super) fn release(&self, slot: &Slot) {
-        if slot.cap.get() as usize > RETAINED {
+        if slot.class.get() > RETAINED {
             self.give_back(slot);
         }
         slot.next.store(self.free.get(), Ordering::Relaxed);
@@ -527,31 +570,31 @@ impl Arena {
 
     /// Gives a slot that is not taken room for one segment more than `count`, which it keeps.
     pub(super) fn make_room(&self, slot: &Slot, count: u32) -> Result<(), QueueError> {
-        if count < slot.cap.get() {
+        if count < slot.cap() {
             return Ok(());
         }
-        let (block, cap) = self.pool.borrow_mut().take(count as usize + 1)?;
+        let (block, class) = self.pool.borrow_mut().take(count as usize + 1)?;
         // SAFETY: `count` segments are initialised at `segs`, and the block has room for more than that; they are
         // pointers and lengths, so that a copy is a move.
         unsafe { ptr::copy_nonoverlapping(slot.segs.get(), block, count as usize) };
         self.give_back(slot);
-        self.set_room(slot, block, cap);
+        self.set_room(slot, block, class);
         Ok(())
     }
 
     #[cold]
     #[inline(never)]
     fn give_back(&self, slot: &Slot) {
-        if slot.cap.get() as usize > INLINE {
-            self.pool.borrow_mut().put(slot.segs.get(), slot.cap.get());
-            self.set_room(slot, slot.inline.get().cast(), INLINE as u32);
+        if slot.class.get() > 0 {
+            self.pool.borrow_mut().put(slot.segs.get(), slot.class.get());
+            self.set_room(slot, slot.inline.get().cast(), 0);
         }
     }
 
-    fn set_room(&self, slot: &Slot, segs: *mut Segment, cap: u32) {
+    fn set_room(&self, slot: &Slot, segs: *mut Segment, class: u8) {
         slot.segs.set(segs);
-        slot.cap.set(cap);
-        slot.end.set(segs.wrapping_add(cap.min(u32::from(self.size)) as usize));
+        slot.class.set(class);
+        slot.end.set(segs.wrapping_add(slot.cap().min(u32::from(self.size)) as usize));
     }
 }
 

@@ -14,13 +14,11 @@ use crate::memory::{Access, Directory, Segment};
 pub(super) struct Gather<'a> {
     arena: &'a Arena,
     slot: &'a Slot,
+    directory: &'a Directory,
     next: *mut Segment,
     end: *mut Segment,
     /// Bytes so far.
     bytes: u64,
-    /// Elements with other than one segment: segments minus elements. All others take one of the places before `end`,
-    /// of which there are no more than a chain may have elements; so they need not be counted.
-    surplus: i64,
     /// Segments, and bytes, before the device-writable part, if that has begun.
     readable: Option<(u32, u64)>,
 }
@@ -29,19 +27,18 @@ impl<'a> Gather<'a> {
     #[inline(always)]
     pub(super) fn new(arena: &'a Arena, slot: &'a Slot) -> Gather<'a> {
         let (next, end) = slot.room();
-        Gather { arena, slot, next, end, bytes: 0, surplus: 0, readable: None }
+        Gather { arena, slot, directory: arena.ram().directory(), next, end, bytes: 0, readable: None }
     }
 
     #[inline(always)]
     pub(super) fn directory(&self) -> &'a Directory {
-        self.arena.ram().directory()
+        self.directory
     }
 
-    /// Segments so far: at most a few for each element, so that they fit.
+    /// Segments so far.
     #[inline(always)]
     fn count(&self) -> u32 {
-        let bytes = (self.next as usize).wrapping_sub(self.slot.room().0 as usize);
-        (bytes / size_of::<Segment>()) as u32
+        self.slot.count_to(self.next)
     }
 
     /// Adds an element of the part that the chain is in.
@@ -49,14 +46,13 @@ impl<'a> Gather<'a> {
     fn add(&mut self, desc: Desc, access: Access) -> Result<(), QueueError> {
         let (addr, len) = (desc.addr, desc.len());
         self.bytes += u64::from(len);
-        let host = match self.directory().lookup(addr, len, access) {
+        let host = match self.directory.lookup(addr, len, access) {
             Some(host) if self.next != self.end => host,
             _ => {
-                let before = self.count();
-                let elements = i64::from(before) - self.surplus;
-                let count = add_pieces(self.arena, self.slot, (before, elements), (addr, len, access))?;
-                self.surplus += i64::from(count) - i64::from(before) - 1;
-                (self.next, self.end) = self.slot.room_behind(count, self.arena.most(self.surplus));
+                (self.next, self.end) = add_pieces(self.arena, self.slot, self.next, (addr, len, access));
+                if self.next.is_null() {
+                    return Err(self.arena.parked());
+                }
                 return Ok(());
             }
         };
@@ -115,27 +111,38 @@ impl<'a> Gather<'a> {
 }
 
 /// Adds an element that is empty, unmapped, or more than one piece of host memory, or for which there is no place left
-/// before `end`, behind the first `count` segments of so many elements. Returns how many segments there are then.
+/// before the end. Returns the next place and the end; null after a violation, which is parked in the arena.
 #[cold]
 #[inline(never)]
 fn add_pieces(
     arena: &Arena,
     slot: &Slot,
-    (mut count, elements): (u32, i64),
+    next: *mut Segment,
     (addr, len, access): (u64, u32, Access),
-) -> Result<u32, QueueError> {
-    // No more than the queue has entries (2.7.5.3.1, 2.8.17). Ends loops.
-    if elements >= arena.most(0) {
-        return Err(QueueError::ChainTooLong);
-    }
-    arena.ram().directory().pieces(addr, u64::from(len), access, |host, len| {
-        arena.make_room(slot, count)?;
-        // SAFETY: there is room for one behind `count`; else as in `Gather::add`.
-        unsafe { slot.room().0.add(count as usize).write(Segment::new(host, len)) };
-        count += 1;
-        Ok::<(), QueueError>(())
-    })?;
-    Ok(count)
+) -> (*mut Segment, *mut Segment) {
+    let added = (|| {
+        let before = slot.count_to(next);
+        // No more than the queue has entries (2.7.5.3.1, 2.8.17). Ends loops.
+        let surplus = arena.surplus();
+        if i64::from(before) - surplus >= arena.most() {
+            return Err(QueueError::ChainTooLong);
+        }
+        let mut count = before;
+        arena.ram().directory().pieces(addr, u64::from(len), access, |host, len| {
+            arena.make_room(slot, count)?;
+            // SAFETY: there is room for one behind `count`; else as in `Gather::add`.
+            unsafe { slot.room().0.add(count as usize).write(Segment::new(host, len)) };
+            count += 1;
+            Ok::<(), QueueError>(())
+        })?;
+        let surplus = surplus + i64::from(count) - i64::from(before) - 1;
+        arena.set_surplus(surplus);
+        Ok(slot.room_behind(count, arena.most() + surplus))
+    })();
+    added.unwrap_or_else(|error| {
+        arena.park(error);
+        (std::ptr::null_mut(), std::ptr::null_mut())
+    })
 }
 
 /// Walks a chain of the split format: each descriptor says which one is next (2.7.5). Stops at the end, or at a

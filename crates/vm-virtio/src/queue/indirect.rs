@@ -77,39 +77,32 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Adds the elements of a split ring's table, the first ones of the chain: it starts at index 0 and goes on by `next`
-/// (2.7.5.3).
+/// The rest of a split ring's chain, if that is all of it: its table starts at index 0 and goes on by `next` (2.7.5.3).
+/// Returns the finished chain with this head.
 #[inline(always)]
-pub(super) fn split(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
-    let directory = chain.directory();
-    let nested = match Table::new(directory, addr, len)? {
-        Table::Whole(host, len) => {
-            let get = |index| Table::Whole(host, len).get(u32::from(index));
-            // There is a first one, the length is not 0.
-            let first = get(0).ok_or(QueueError::IndirectLength(0))?;
-            walk(chain, first, get)?
-        }
-        table => return split_any(chain, &table),
-    };
-    if nested.is_some() { Err(QueueError::NestedIndirect) } else { Ok(()) }
+pub(super) fn split(mut chain: Gather<'_>, addr: u64, len: u32, head: u16) -> Result<Shape, QueueError> {
+    let table = Table::new(chain.directory(), addr, len)?;
+    let Table::Whole(host, len) = table else { return split_any(chain, &table, head) };
+    let get = |index| Table::Whole(host, len).get(u32::from(index));
+    // There is a first one, the length is not 0.
+    let first = get(0).ok_or(QueueError::IndirectLength(0))?;
+    match walk(&mut chain, first, get)? {
+        None => chain.finish(head, 1),
+        Some(_) => Err(QueueError::NestedIndirect),
+    }
 }
 
 /// The same behind other elements of the chain.
 #[cold]
 #[inline(never)]
-pub(super) fn split_behind(
-    mut chain: Gather<'_>,
-    addr: u64,
-    len: u32,
-    head: u16,
-) -> Result<Shape, QueueError> {
+pub(super) fn split_behind(chain: Gather<'_>, addr: u64, len: u32, head: u16) -> Result<Shape, QueueError> {
     let table = Table::new(chain.directory(), addr, len)?;
-    split_any(&mut chain, &table)?;
-    chain.finish(head, 1)
+    split_any(chain, &table, head)
 }
 
 #[cold]
-fn split_any(chain: &mut Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
+#[inline(never)]
+fn split_any(mut chain: Gather<'_>, table: &Table<'_>, head: u16) -> Result<Shape, QueueError> {
     let mut index = 0;
     loop {
         let Some(desc) = table.get(u32::from(index)) else { return Err(QueueError::Next(index)) };
@@ -119,20 +112,18 @@ fn split_any(chain: &mut Gather<'_>, table: &Table<'_>) -> Result<(), QueueError
         }
         chain.add_any(desc, flags & WRITE != 0)?;
         if flags & NEXT == 0 {
-            return Ok(());
+            return chain.finish(head, 1);
         }
         index = desc.split_next();
     }
 }
 
-/// Adds the elements of a packed ring's table: all of it, in order; only WRITE counts (2.8.7).
+/// All of a packed ring's chain: the elements of its table, in order; only WRITE counts (2.8.7). Returns the finished
+/// chain with this buffer id.
 #[inline(always)]
-pub(super) fn packed(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
-    let directory = chain.directory();
-    let (host, len) = match Table::new(directory, addr, len)? {
-        Table::Whole(host, len) => (host, len),
-        table => return packed_any(chain, &table),
-    };
+pub(super) fn packed(mut chain: Gather<'_>, addr: u64, len: u32, id: u16) -> Result<Shape, QueueError> {
+    let table = Table::new(chain.directory(), addr, len)?;
+    let Table::Whole(host, len) = table else { return packed_any(chain, &table, id) };
     let get = |index| Table::Whole(host, len).get(index);
     // Both loops end after as many elements as the queue has entries at most, by the chain's own limit.
     let mut index = 0;
@@ -140,7 +131,7 @@ pub(super) fn packed(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), 
         match get(index) {
             Some(desc) if desc.packed_flags() & WRITE == 0 => chain.add_readable(desc)?,
             Some(desc) => break desc,
-            None => return Ok(()),
+            None => return chain.finish(id, 1),
         }
         index += 1;
     };
@@ -151,17 +142,17 @@ pub(super) fn packed(chain: &mut Gather<'_>, addr: u64, len: u32) -> Result<(), 
         desc = match get(index) {
             Some(desc) if desc.packed_flags() & WRITE != 0 => desc,
             Some(_) => return Err(QueueError::ReadableAfterWritable),
-            None => return Ok(()),
+            None => return chain.finish(id, 1),
         };
     }
 }
 
 #[cold]
 #[inline(never)]
-fn packed_any(chain: &mut Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
+fn packed_any(mut chain: Gather<'_>, table: &Table<'_>, id: u16) -> Result<Shape, QueueError> {
     for index in 0..table.len() {
         let Some(desc) = table.get(index) else { break };
         chain.add_any(desc, desc.packed_flags() & WRITE != 0)?;
     }
-    Ok(())
+    chain.finish(id, 1)
 }

@@ -170,10 +170,16 @@ impl Packed {
         let start = self.next_avail;
         let Some(Ok(desc)) = self.ring.packed(start.index, start.pattern) else { return Ok(None) };
         let Some(slot) = arena.peek() else { return arena.exhausted() };
-        let mut chain = Gather::new(arena, slot);
         let mut at = start;
-        let last = if desc.packed_flags() & INDIRECT == 0 {
-            self.walk(&mut chain, desc, &mut at)?
+        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
+        let (shape, descs) = if desc.packed_flags() & INDIRECT == 0 {
+            let mut chain = Gather::new(arena, slot);
+            let last = self.walk(&mut chain, desc, &mut at)?;
+            at.step(self.size);
+            // From the start to where the list ends: a whole lap if they are the same, for there is one at least.
+            let lap = if at.index > start.index { 0 } else { self.size };
+            let descs = at.index + lap - start.index;
+            (chain.finish(last.packed_id(), descs)?, descs)
         } else {
             // A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
             if desc.packed_flags() & NEXT != 0 {
@@ -182,22 +188,13 @@ impl Packed {
             if !self.negotiated.indirect {
                 return Err(QueueError::IndirectNotNegotiated);
             }
-            indirect::packed(&mut chain, desc.addr, desc.len())?;
-            desc
-        };
-        at.step(self.size);
-        // From the start to where the list ends: a whole lap if they are the same, for there is one descriptor at least.
-        let descs = if at.index > start.index {
-            at.index - start.index
-        } else {
-            at.index + (self.size - start.index)
+            at.step(self.size);
+            (indirect::packed(Gather::new(arena, slot), desc.addr, desc.len(), desc.packed_id())?, 1)
         };
         // Neither is above the size, which is at most 32768.
         if self.in_flight + descs > self.size {
             return Err(QueueError::TooManyOutstanding);
         }
-        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
-        let shape = chain.finish(last.packed_id(), descs)?;
         self.in_flight += descs;
         self.next_avail = at;
         Ok(Some(arena.take(slot, &shape)))
@@ -208,11 +205,8 @@ impl Packed {
     #[inline(always)]
     fn walk(&self, chain: &mut Gather<'_>, mut desc: Desc, at: &mut Cursor) -> Result<Desc, QueueError> {
         let next = |at: &mut Cursor| {
-            at.step(self.size);
-            match self.ring.packed(at.index, at.pattern) {
-                Some(Ok(desc)) => Ok(desc),
-                _ => Err(QueueError::NotAvailable(at.index)),
-            }
+            let next = self.ring.packed_next(&mut at.index, &mut at.pattern);
+            next.ok_or(QueueError::NotAvailable(at.index))
         };
         while desc.packed_flags() & (WRITE | INDIRECT) == 0 {
             chain.add_readable(desc)?;
@@ -265,7 +259,7 @@ impl Packed {
             self.ring.packed_store(at.index, word);
         }
         // Not above `size`: the lists of a batch are in flight until it is published.
-        self.batch = self.batch.saturating_add(descs);
+        self.batch = self.batch.wrapping_add(descs);
         self.next_used.advance(descs, self.size);
     }
 
@@ -279,7 +273,7 @@ impl Packed {
         let (start, word) = self.first;
         self.ring.packed_publish(start.index, word);
         self.batch = 0;
-        self.in_flight = self.in_flight.saturating_sub(batch);
+        self.in_flight = self.in_flight.wrapping_sub(batch);
         let event = self.driver_event.load();
         match (event >> 16) & 3 {
             EVENT_DISABLE => false,

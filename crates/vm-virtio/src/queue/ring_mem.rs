@@ -115,6 +115,24 @@ impl Descs {
         Some(Ok(Desc { addr: u64::from_le(addr.load(Ordering::Relaxed)), word }))
     }
 
+    /// Reads the descriptor behind the one at `index`, which becomes its index, if its AVAIL and USED flags are as
+    /// `pattern` says, which changes at the end of the ring (2.8.1). Orders what is read later behind it.
+    #[inline(always)]
+    pub(super) fn packed_next(&self, index: &mut u16, pattern: &mut u16) -> Option<Desc> {
+        *index += 1;
+        if u32::from(*index) >= self.size {
+            *index = 0;
+            *pattern ^= super::packed::AVAIL_USED;
+            std::hint::cold_path();
+        }
+        let at = usize::from(*index) * 2;
+        // SAFETY: just seen to be below `size`, or 0, and there is one descriptor at least; else as in `words`.
+        let (addr, word) = unsafe { (&*self.words.add(at), &*self.words.add(at + 1)) };
+        let word = u64::from_le(word.load(Ordering::Acquire));
+        let ours = (word >> 48) as u16 & super::packed::AVAIL_USED == *pattern;
+        ours.then(|| Desc { addr: u64::from_le(addr.load(Ordering::Relaxed)), word })
+    }
+
     /// Whether the AVAIL and USED flags are as `pattern` says.
     #[inline(always)]
     pub(super) fn packed_is(&self, index: u16, pattern: u16) -> bool {

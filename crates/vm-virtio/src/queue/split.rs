@@ -131,9 +131,7 @@ impl Split {
             }
         } else {
             self.check_table(desc)?;
-            let mut chain = Gather::new(arena, slot);
-            indirect::split(&mut chain, desc.addr, desc.len())?;
-            chain.finish(head, 1)?
+            indirect::split(Gather::new(arena, slot), desc.addr, desc.len(), head)?
         };
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(arena.take(slot, &shape)))

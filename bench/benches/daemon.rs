@@ -52,7 +52,7 @@ fn figures() -> Result<(), Failed> {
         let mut daemon = Daemon::new("vhost-device-rng")?;
         daemon.start()?;
         let pid = daemon.id().ok_or("the daemon is gone")?;
-        let mut driver = VhostUserDriver::connect(&daemon.socket(), VhostUserOptions::new(layout))?;
+        let mut driver = VhostUserDriver::connect(daemon.socket(), VhostUserOptions::new(layout))?;
         for _ in 0..REQUESTS {
             let buffer = driver.ram().writable(64);
             driver.ring(0).add(&[buffer]);

@@ -11,7 +11,7 @@
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
 //!
 //! # A device test
-//! ```ignore
+//! ```text
 //! let mut host = MemoryHost::builder(MyDevice::new()).layout(RingLayout::Packed).start();
 //! let reply = host.ram().writable(64);
 //! host.ring(0).add(&[host.ram().readable(&request), reply]);

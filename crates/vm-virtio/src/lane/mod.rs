@@ -5,11 +5,11 @@
 //! worker flush, publish completions and signal once per queue, look for broken rings, arm kicks.
 //!
 //! Invariants:
-//! * A queue is open (pops) exactly while [`LaneRunner::serves`] says so; every change of a condition goes through
-//!   [`LaneRunner::regate`].
+//! * A queue is open (pops) exactly while `LaneRunner::serves` says so; every change of a condition goes through
+//!   `LaneRunner::regate`.
 //! * A queue that is open and not armed either has a turn coming, or its worker left buffers in it on purpose and will
 //!   come back by itself (rate limits). Kicks are armed only after the ring was seen empty, and checked again after.
-//! * The worker is called through [`LaneRunner::enter`] only: its errors and panics end there and fail this lane
+//! * The worker is called through `LaneRunner::enter` only: its errors and panics end there and fail this lane
 //!   (failure policy 5), not the thread.
 mod command;
 mod ring;
@@ -555,7 +555,7 @@ impl<W: Worker> LaneRunner<W> {
         }
     }
 
-    /// As [`LaneRunner::enter`], without counting as work.
+    /// As `LaneRunner::enter`, without counting as work.
     fn enter_quietly(&mut self, call: impl FnOnce(&mut W, &mut Lane<'_>)) {
         let called = self.called;
         self.enter(|worker, lane| {

@@ -19,8 +19,8 @@ pub(super) struct Gather<'a> {
     end: *mut Segment,
     /// Bytes so far.
     bytes: u64,
-    /// Segments, and bytes, before the device-writable part, if that has begun.
-    readable: Option<(u32, u64)>,
+    /// Segments before the device-writable part, if that has begun.
+    readable: Option<u32>,
 }
 
 impl<'a> Gather<'a> {
@@ -78,7 +78,7 @@ impl<'a> Gather<'a> {
     /// From here on there are device-writable elements only.
     #[inline(always)]
     pub(super) fn turn(&mut self) {
-        self.readable = Some((self.count(), self.bytes));
+        self.readable = Some(self.count());
     }
 
     /// Adds an element that may be of either kind.
@@ -103,10 +103,8 @@ impl<'a> Gather<'a> {
             return Err(QueueError::ChainTooLarge(self.bytes));
         }
         let count = self.count();
-        let (readable, readable_bytes) = self.readable.unwrap_or((count, self.bytes));
-        // A length above u32::MAX cannot be told to the driver anyway.
-        let writable_len = u32::try_from(self.bytes - readable_bytes).unwrap_or(u32::MAX);
-        Ok(Shape { count, readable, writable_len, id, descs })
+        let readable = self.readable.unwrap_or(count);
+        Ok(Shape { count, readable, id, descs })
     }
 }
 

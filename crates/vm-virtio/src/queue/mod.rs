@@ -15,7 +15,7 @@
 //! | `split.rs`, `packed.rs` | the two layouts: positions, pop, used, notifications |
 //! | `ring_mem.rs` | ring accessors: the unsafe part of both |
 //! | `gather.rs`, `indirect.rs` | one chain while it is popped |
-//! | `arena.rs`, `segment_pool.rs`, `chain.rs` | popped chains and their handles |
+//! | `arena/`, `segment_pool.rs`, `chain.rs` | popped chains and their handles |
 //! | `in_order.rs` | completions that are held back |
 //! | `rw.rs` | reading and writing a chain's bytes |
 //! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
@@ -213,9 +213,9 @@ impl Queue {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
-        let mut written = written;
-        if written > slot.writable_len() {
-            written = slot.writable_len();
+        let told = written;
+        let written = slot.at_most_room(told);
+        if written != told {
             self.counters.clamped += 1;
         }
         if self.in_order.is_some() || self.arena.is_old(slot) {

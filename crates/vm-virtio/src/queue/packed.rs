@@ -66,6 +66,18 @@ impl Cursor {
         }
     }
 
+    /// So many descriptors before this one: at most `size`.
+    #[inline(always)]
+    fn back(self, count: u16, size: u16) -> Cursor {
+        match self.index.checked_sub(count) {
+            Some(index) => Cursor { index, pattern: self.pattern },
+            None => Cursor {
+                index: self.index.wrapping_add(size).wrapping_sub(count),
+                pattern: self.pattern ^ AVAIL_USED,
+            },
+        }
+    }
+
     /// `count` is at most `size`, which is at most 32768.
     #[inline(always)]
     fn advance(&mut self, count: u16, size: u16) {
@@ -85,8 +97,9 @@ pub(super) struct Packed {
     negotiated: Negotiated,
     next_avail: Cursor,
     next_used: Cursor,
-    /// Where the driver looks, and what it is going to find there: the first used descriptor of the batch.
-    first: (Cursor, u64),
+    /// What the driver is going to find where it looks: the first used descriptor of the batch, whose place is as far
+    /// behind `next_used` as the batch is long.
+    first: u64,
     /// Descriptors that the batch passes over; 0: there is none.
     batch: u16,
     /// Descriptors popped and not published as used: the driver cannot have more than the ring has.
@@ -132,7 +145,7 @@ impl Packed {
             negotiated,
             next_avail: Cursor::new(avail),
             next_used,
-            first: (next_used, 0),
+            first: 0,
             batch: 0,
             in_flight,
             armed: true,
@@ -236,13 +249,7 @@ impl Packed {
     /// Steps back over the list that was popped last.
     pub(super) fn unpop(&mut self, descs: u16) {
         self.in_flight = self.in_flight.saturating_sub(descs);
-        let at = &mut self.next_avail;
-        if let Some(index) = at.index.checked_sub(descs) {
-            at.index = index;
-        } else {
-            at.index = (at.index + self.size).saturating_sub(descs);
-            at.pattern ^= AVAIL_USED;
-        }
+        self.next_avail = self.next_avail.back(descs, self.size);
     }
 
     /// Writes a used descriptor that passes over `descs` descriptors: of one list, or of a batch whose last has this
@@ -254,7 +261,7 @@ impl Packed {
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
         let word = u64::from(written) | (u64::from(id) << 32) | (u64::from(flags) << 48);
         if self.batch == 0 {
-            self.first = (at, word);
+            self.first = word;
         } else {
             self.ring.packed_store(at.index, word);
         }
@@ -270,8 +277,8 @@ impl Packed {
         if batch == 0 {
             return false;
         }
-        let (start, word) = self.first;
-        self.ring.packed_publish(start.index, word);
+        let start = self.next_used.back(batch, self.size);
+        self.ring.packed_publish(start.index, self.first);
         self.batch = 0;
         self.in_flight = self.in_flight.wrapping_sub(batch);
         let event = self.driver_event.load();
@@ -317,7 +324,7 @@ impl Packed {
     }
 
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
-        let used = if self.batch > 0 { self.first.0 } else { self.next_used };
-        (self.next_avail.position(), used.position())
+        let published = self.next_used.back(self.batch, self.size);
+        (self.next_avail.position(), published.position())
     }
 }

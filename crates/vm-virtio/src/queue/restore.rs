@@ -63,8 +63,8 @@ impl Queue {
                 gather.add_any(Desc::new(addr.0, u64::from(*len)), true)?;
             }
             let shape = gather.finish(chain.id.0, chain.descs)?;
-            let room = shape.writable_len;
             let handle = self.arena.take(slot, &shape);
+            let room = slot.writable_len();
             let slot = self.arena.index_of(slot);
             if let Some(in_order) = &mut self.in_order {
                 in_order.order.push_back(slot);

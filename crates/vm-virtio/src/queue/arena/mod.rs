@@ -10,12 +10,16 @@
 //!   back for `IN_ORDER`), or dropped (stack through `next`). Only the holder of the slot in that state writes `next`.
 //! * `count <= cap`, and that many segments at `segs` are initialised, while a slot is taken; `segs` points at `inline`
 //!   or at a block of `cap` segments that the slot owns. Neither changes while a handle is out.
-//! * A snapshot that is not the current one is kept as long as a slot of its epoch is taken.
+//! * Free slots have the epoch of the current snapshot.
+mod epochs;
+
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::mem::{self, MaybeUninit};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+
+use epochs::Epochs;
 
 use super::chain::Chain;
 use super::error::QueueError;
@@ -44,7 +48,6 @@ pub(super) struct Slot {
     end: Cell<*mut Segment>,
     count: Cell<u32>,
     readable: Cell<u32>,
-    writable_len: Cell<u32>,
     id: Cell<u16>,
     descs: Cell<u16>,
     seq: Cell<u32>,
@@ -65,7 +68,6 @@ const _: () = assert!(size_of::<Slot>() == 128);
 pub(super) struct Shape {
     pub(super) count: u32,
     pub(super) readable: u32,
-    pub(super) writable_len: u32,
     pub(super) id: u16,
     pub(super) descs: u16,
 }
@@ -81,9 +83,21 @@ impl Slot {
         self.descs.get()
     }
 
-    #[inline(always)]
+    /// Bytes of the device-writable part; a part of 2^32 bytes is one byte shorter than what can be told of.
     pub(super) fn writable_len(&self) -> u32 {
-        self.writable_len.get()
+        let sum = self.segments().1.iter().map(|segment| segment.len() as u64).sum::<u64>();
+        u32::try_from(sum).unwrap_or(u32::MAX)
+    }
+
+    /// `written`, or what there is room for if that is less.
+    #[inline(always)]
+    pub(super) fn at_most_room(&self, written: u32) -> u32 {
+        // Added up only if the first segment does not tell: a store less for each pop.
+        match self.segments().1 {
+            _ if written == 0 => 0,
+            [first, ..] if written as usize <= first.len() => written,
+            _ => written.min(self.writable_len()),
+        }
     }
 
     #[inline(always)]
@@ -237,14 +251,6 @@ impl Drop for SlotMemory {
     }
 }
 
-/// The memory snapshots that chains of this queue are from.
-struct Epochs {
-    current: GuestRam,
-    number: u32,
-    /// Earlier ones: number, snapshot, slots of it that are still taken.
-    old: Vec<(u32, GuestRam, usize)>,
-}
-
 /// The slots of a queue.
 pub(super) struct Arena {
     free: Cell<*mut Slot>,
@@ -314,7 +320,6 @@ impl Arena {
                 end: Cell::new(ptr::null_mut()),
                 count: Cell::new(0),
                 readable: Cell::new(0),
-                writable_len: Cell::new(0),
                 id: Cell::new(0),
                 descs: Cell::new(0),
                 seq: Cell::new(0),
@@ -340,7 +345,6 @@ impl Arena {
         self.free.set(slot.next.load(Ordering::Relaxed));
         slot.count.set(shape.count);
         slot.readable.set(shape.readable);
-        slot.writable_len.set(shape.writable_len);
         slot.id.set(shape.id);
         slot.descs.set(shape.descs);
         let popped = self.popped.get() + 1;
@@ -448,64 +452,6 @@ impl Arena {
         }
         slot.next.store(self.free.get(), Ordering::Relaxed);
         self.free.set(ptr::from_ref(slot).cast_mut());
-    }
-
-    /// Whether the slot is of a former snapshot: then [`Self::leave_epoch`] is due when it is released.
-    #[inline(always)]
-    pub(super) fn is_old(&self, slot: &Slot) -> bool {
-        slot.epoch.get() != self.epochs.number
-    }
-
-    /// One slot less of a former snapshot, which is free now; the last one lets it go.
-    #[cold]
-    pub(super) fn leave_epoch(&mut self, slot: u32) {
-        let Some(slot) = self.at(slot) else { return };
-        let epoch = slot.epoch.replace(self.epochs.number);
-        if let Some(at) = self.epochs.old.iter().position(|(number, ..)| *number == epoch)
-            && let Some((.., taken)) = self.epochs.old.get_mut(at)
-        {
-            *taken = taken.saturating_sub(1);
-            if *taken == 0 {
-                self.epochs.old.swap_remove(at);
-            }
-        }
-    }
-
-    /// Moves to another snapshot; taken slots keep theirs.
-    pub(super) fn set_ram(&mut self, ram: GuestRam) {
-        let number = self.epochs.number;
-        let here = self.taken().filter(|slot| slot.epoch.get() == number).count();
-        let former = mem::replace(&mut self.epochs.current, ram);
-        if here > 0 {
-            self.epochs.old.push((self.epochs.number, former, here));
-        }
-        // Wraps after 2^32 changes of the map; a chain that is out that long could let its snapshot go early, so
-        // numbers that are still in use are passed over.
-        loop {
-            self.epochs.number = self.epochs.number.wrapping_add(1);
-            if !self.epochs.old.iter().any(|(number, ..)| *number == self.epochs.number) {
-                break;
-            }
-        }
-        for slot in self.free_slots() {
-            slot.epoch.set(self.epochs.number);
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn ram(&self) -> &GuestRam {
-        &self.epochs.current
-    }
-
-    /// The snapshot that a taken slot is from.
-    pub(super) fn ram_of(&self, slot: &Slot) -> &GuestRam {
-        let old = self.epochs.old.iter().find(|(number, ..)| *number == slot.epoch.get());
-        old.map_or(&self.epochs.current, |(_, ram, _)| ram)
-    }
-
-    /// How many snapshots are kept for chains alone.
-    pub(super) fn old_snapshots(&self) -> usize {
-        self.epochs.old.len()
     }
 
     /// Handles that are out, those of dropped chains that were not swept yet included: no more than there are slots.

@@ -315,6 +315,30 @@ fn malformed_packed_list_reaches_into_what_is_in_flight() {
 }
 
 #[test]
+fn malformed_packed_the_largest_ring_twice_in_flight() {
+    let map = vm_memory::GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
+    let mut driver = driver(true, 32768, NONE);
+    driver.ram = GuestRam::new(&map);
+    driver.config.driver = GuestAddress(0);
+    driver.config.device = GuestAddress(4);
+    let mut queue = driver.queue();
+    let fill = |avail| {
+        for i in 0..32768u16 {
+            driver.packed_desc(i, DATA, 8, 0, avail | if i < 32767 { NEXT } else { 0 });
+        }
+    };
+    fill(0x80);
+    let chain = queue.pop().unwrap();
+    assert_eq!(queue.readable(&chain).len(), 32768);
+    fill(0x8000);
+    assert!(queue.pop().is_none());
+    assert_eq!(queue.fault(), Some(&QueueError::TooManyOutstanding));
+    queue.add_used(chain, 0);
+    queue.publish();
+    assert_eq!(queue.state().used, RingPos { index: 0, wrap: false });
+}
+
+#[test]
 fn malformed_more_than_4_gib_in_a_chain() {
     let map = vm_memory::GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 32)]).unwrap();
     for packed in LAYOUTS {

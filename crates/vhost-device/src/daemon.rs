@@ -28,6 +28,11 @@ const LANES_END: Duration = Duration::from_secs(1);
 // Beyond the tokens of all guests.
 const WAKER: Token = Token::host(u32::MAX);
 const SIGNALS: Token = Token::host(u32::MAX - 1);
+const END: Token = Token::host(u32::MAX - 2);
+
+/// How long guests may take to end: a request of a front-end and the end of its connection have deadlines, but a lane
+/// that hangs keeps none (failure policy 7).
+const GUESTS_END: Duration = Duration::from_secs(9);
 
 /// Which guest of a daemon: counted from 0, in the order of the sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,6 +82,9 @@ pub enum DaemonError {
     /// Asked to end twice: requests were given up.
     #[error("asked to end twice, requests that were not finished are given up")]
     Interrupted,
+    /// A lane hangs in a device's code, or in a file of its front-end.
+    #[error("a guest did not end in time, requests that were not finished are given up")]
+    Stuck,
 }
 
 /// Ends a daemon from another thread.
@@ -176,7 +184,11 @@ impl<D: VirtioDevice> Daemon<D> {
                 .watch(signals.as_fd(), SIGNALS, Interest::READ_EDGE)
                 .map_err(system("watch for signals"))?;
         }
-        let host = Rc::new(Host { reactor: RefCell::new(reactor), stopping: Cell::new(false) });
+        let host = Rc::new(Host {
+            reactor: RefCell::new(reactor),
+            stopping: Cell::new(false),
+            guests: guests.len(),
+        });
         let mut threads = Vec::new();
         let mut tasks = Vec::with_capacity(guests.len());
         for (index, prepared) in (0..).zip(guests) {
@@ -236,6 +248,7 @@ fn main_loop(
         while let Some(event) = next() {
             match event {
                 Event::Ready { token: WAKER, .. } => {}
+                Event::Timer { token: END } => return Err(DaemonError::Stuck),
                 Event::Ready { token: SIGNALS, .. } => {
                     while let Some(signal) = signals.and_then(Signals::take) {
                         tracing::info!("ending on {}", signal.name());
@@ -254,6 +267,7 @@ fn main_loop(
             1 if host.stopping.replace(true) => {}
             1 => {
                 announcer.stopping();
+                host.reactor.borrow_mut().set_timer(END, Instant::now() + GUESTS_END);
                 tasks.iter().for_each(|task| task.waker().mark());
             }
             _ => return Err(DaemonError::Interrupted),

@@ -21,6 +21,7 @@ use vm_virtio::{Engine, HostEvent, Status};
 
 use crate::events::Events;
 use crate::listen::Listener;
+use crate::mapping::Budget;
 use crate::session::Session;
 use crate::task::{Watch, yield_now};
 
@@ -32,6 +33,8 @@ pub(crate) struct Host {
     pub(crate) reactor: RefCell<Reactor>,
     /// The daemon is asked to end.
     pub(crate) stopping: Cell<bool>,
+    /// How many guests there are.
+    pub(crate) guests: usize,
 }
 
 /// Tokens of one guest in the main reactor.
@@ -80,6 +83,8 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) host: Rc<Host>,
     /// Somebody who connected while there was, perhaps, another front-end.
     waiting: RefCell<Option<UnixStream>>,
+    /// What it may map.
+    pub(crate) budget: Arc<Budget>,
     /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
     pub(crate) stopped_at: RefCell<Vec<Option<u32>>>,
     /// Status bits that no front-end set: the session took these steps for it.
@@ -94,7 +99,8 @@ impl<D: VirtioDevice> Guest<D> {
         let stopped_at = RefCell::new(vec![None; rings]);
         let (implied, failures_told) = (Cell::new(Status::empty()), Cell::new(0));
         let waiting = RefCell::default();
-        Guest { index, engine, events, host, waiting, stopped_at, implied, failures_told }
+        let budget = Budget::share(host.guests);
+        Guest { index, engine, events, host, waiting, budget, stopped_at, implied, failures_told }
     }
 
     pub(crate) fn tokens(&self) -> Tokens {

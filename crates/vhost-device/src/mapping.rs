@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
@@ -27,6 +28,9 @@ pub(crate) enum MapError {
     /// Touching the missing part would raise SIGBUS.
     #[error("the memory file has {actual:#x} bytes, the region needs {needed:#x}")]
     FileTooShort { actual: u64, needed: u64 },
+    /// One guest would leave no addresses for the others, nor for the process itself.
+    #[error("{0:#x} bytes more than one guest of this process may have mapped")]
+    TooMuch(u64),
     /// A pipe, a socket, a directory.
     #[error("the descriptor of the region is no file that can be mapped")]
     NotMappable,
@@ -35,11 +39,33 @@ pub(crate) enum MapError {
     System(#[from] Errno),
 }
 
+/// Addresses that all guests of a process together may have mapped: half of the least that a 64-bit machine has.
+const ADDRESSES: u64 = 1 << 46;
+
+/// How many bytes of addresses one guest may still map. Memory files are sparse and cost their owner nothing.
+#[derive(Debug)]
+pub(crate) struct Budget(AtomicU64);
+
+impl Budget {
+    /// An equal part for each of so many guests.
+    pub(crate) fn share(guests: usize) -> Arc<Budget> {
+        Arc::new(Budget(AtomicU64::new(ADDRESSES / u64::try_from(guests.max(1)).unwrap_or(u64::MAX))))
+    }
+
+    fn take(&self, len: usize) -> Result<(), MapError> {
+        let len = len as u64;
+        let take = |left: u64| left.checked_sub(len);
+        let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        taken.map(|_| ()).map_err(|left| MapError::TooMuch(len - left))
+    }
+}
+
 /// An area of this process that shows a file; unmapped on drop.
 #[derive(Debug)]
 struct Mapping {
     base: NonNull<std::ffi::c_void>,
     len: usize,
+    budget: Arc<Budget>,
 }
 
 // SAFETY: the mapping is an address range; nothing in it is bound to a thread. What is in it is shared with other
@@ -53,6 +79,7 @@ impl Drop for Mapping {
         // SAFETY: `base` and `len` are what `mmap` was called with, and nobody can reach the area any more: every
         // region over it owns a reference to this mapping (`KeepMapped`).
         let _ = unsafe { munmap(self.base.as_ptr(), self.len) };
+        self.budget.0.fetch_add(self.len as u64, Ordering::Relaxed);
     }
 }
 
@@ -85,6 +112,7 @@ pub(crate) fn map(
     offset: u64,
     size: u64,
     guest: GuestAddress,
+    budget: &Arc<Budget>,
 ) -> Result<MappedRegion, MapError> {
     let bad_range = || MapError::Range { offset, size };
     let end = offset.checked_add(size).filter(|_| size > 0).ok_or_else(bad_range)?;
@@ -96,8 +124,10 @@ pub(crate) fn map(
     let size = usize::try_from(size).map_err(|_| bad_range())?;
 
     let read_write = ProtFlags::READ | ProtFlags::WRITE;
-    let (mapping, prot) = match map_shared(fd, start, len, read_write) {
-        Err(Errno::ACCESS) => (map_shared(fd, start, len, ProtFlags::READ)?, ProtFlags::READ),
+    let (mapping, prot) = match map_shared(fd, start, len, read_write, budget) {
+        Err(MapError::System(Errno::ACCESS)) => {
+            (map_shared(fd, start, len, ProtFlags::READ, budget)?, ProtFlags::READ)
+        }
         other => (other?, read_write),
     };
     // SAFETY: `lead` is less than a granule and `len` more than `lead`, so the result is inside of the mapping.
@@ -110,10 +140,23 @@ pub(crate) fn map(
     GuestRegionMmap::new(region, guest).ok_or_else(bad_range)
 }
 
-fn map_shared(fd: BorrowedFd<'_>, offset: u64, len: usize, prot: ProtFlags) -> Result<Mapping, Errno> {
+fn map_shared(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    len: usize,
+    prot: ProtFlags,
+    budget: &Arc<Budget>,
+) -> Result<Mapping, MapError> {
+    budget.take(len)?;
     // SAFETY: without MAP_FIXED the kernel chooses addresses that are free.
-    let base = unsafe { mmap(null_mut(), len, prot, MapFlags::SHARED | MapFlags::NORESERVE, fd, offset)? };
-    NonNull::new(base).map(|base| Mapping { base, len }).ok_or(Errno::NOMEM)
+    let base = unsafe { mmap(null_mut(), len, prot, MapFlags::SHARED | MapFlags::NORESERVE, fd, offset) };
+    match base.map(NonNull::new) {
+        Ok(Some(base)) => Ok(Mapping { base, len, budget: budget.clone() }),
+        other => {
+            budget.0.fetch_add(len as u64, Ordering::Relaxed);
+            Err(other.err().unwrap_or(Errno::NOMEM).into())
+        }
+    }
 }
 
 /// Checks that the file has `end` bytes and returns the unit in which it can be mapped.
@@ -150,6 +193,27 @@ mod tests {
     use vm_virtio::GuestRam;
 
     use super::*;
+
+    fn map(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        size: u64,
+        guest: GuestAddress,
+    ) -> Result<MappedRegion, MapError> {
+        super::map(fd, offset, size, guest, &Budget::share(1))
+    }
+
+    #[test]
+    fn what_one_guest_maps_is_limited_and_comes_back() {
+        let (fd, budget) = (file(1 << 50), Budget::share(4));
+        let map = |size| super::map(fd.as_fd(), 0, size, GuestAddress(0), &budget);
+        assert!(matches!(map((ADDRESSES >> 2) + 1), Err(MapError::TooMuch(_))));
+        for _ in 0..2 {
+            let half = map(ADDRESSES >> 3).unwrap();
+            assert!(matches!(map((ADDRESSES >> 3) + 1), Err(MapError::TooMuch(_))));
+            drop(half);
+        }
+    }
 
     fn file(size: u64) -> OwnedFd {
         let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -196,7 +260,7 @@ mod tests {
         let (reader, _writer) = io::pipe().unwrap();
         assert!(matches!(error(reader.as_fd(), 0, 1), MapError::NotMappable));
         let huge = file(1 << 50);
-        assert!(matches!(error(huge.as_fd(), 0, 1 << 50), MapError::System(_) | MapError::Range { .. }));
+        assert!(matches!(error(huge.as_fd(), 0, 1 << 50), MapError::TooMuch(_)));
     }
 
     #[test]

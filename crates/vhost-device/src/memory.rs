@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vhost_user::MemoryRegion;
 use vm_virtio::{GuestAddress, GuestRam};
 
-use crate::mapping::{self, MapError, MappedRegion};
+use crate::mapping::{self, Budget, MapError, MappedRegion};
 
 /// Memory slots that a front-end may use: what the Linux kernel gives a VM, less its own three.
 pub const MEMORY_SLOTS: usize = 509;
@@ -58,12 +58,13 @@ pub(crate) struct MemoryTable {
     /// By user address, for translation.
     regions: Vec<Region>,
     ram: GuestRam,
+    budget: Arc<Budget>,
 }
 
 impl MemoryTable {
-    /// No memory at all.
-    pub(crate) fn empty() -> MemoryTable {
-        MemoryTable { regions: Vec::new(), ram: GuestRam::empty() }
+    /// No memory at all; what comes is mapped within this budget.
+    pub(crate) fn new(budget: Arc<Budget>) -> MemoryTable {
+        MemoryTable { regions: Vec::new(), ram: GuestRam::empty(), budget }
     }
 
     /// What devices see.
@@ -72,19 +73,19 @@ impl MemoryTable {
     }
 
     /// SET_MEM_TABLE: these regions instead of all others.
-    pub(crate) fn replace(table: Vec<(MemoryRegion, OwnedFd)>) -> Result<MemoryTable, MemoryError> {
+    pub(crate) fn replaced(&self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<MemoryTable, MemoryError> {
         let mut regions = Vec::with_capacity(table.len());
         for (region, fd) in &table {
-            insert(&mut regions, region, fd)?;
+            insert(&mut regions, region, fd, &self.budget)?;
         }
-        MemoryTable::of(regions)
+        self.of(regions)
     }
 
     /// ADD_MEM_REG.
     pub(crate) fn with(&self, region: &MemoryRegion, fd: &OwnedFd) -> Result<MemoryTable, MemoryError> {
         let mut regions = self.regions.clone();
-        insert(&mut regions, region, fd)?;
-        MemoryTable::of(regions)
+        insert(&mut regions, region, fd, &self.budget)?;
+        self.of(regions)
     }
 
     /// REM_MEM_REG: the region is named by both addresses and its size; the offset does not matter.
@@ -94,12 +95,12 @@ impl MemoryTable {
         let same = |known: &Region| known.guest == guest && known.user == user && known.size == size;
         let at = regions.iter().position(same).ok_or(MemoryError::Unknown { guest, user, size })?;
         regions.remove(at);
-        MemoryTable::of(regions)
+        self.of(regions)
     }
 
-    fn of(regions: Vec<Region>) -> Result<MemoryTable, MemoryError> {
+    fn of(&self, regions: Vec<Region>) -> Result<MemoryTable, MemoryError> {
         let ram = GuestRam::from_regions(regions.iter().map(|region| region.mapped.clone()))?;
-        Ok(MemoryTable { regions, ram })
+        Ok(MemoryTable { regions, ram, budget: self.budget.clone() })
     }
 
     /// The guest address of `len` bytes that the front-end knows at `user`, all in one region.
@@ -113,7 +114,12 @@ impl MemoryTable {
 }
 
 /// Checks and maps one region and puts it at its place.
-fn insert(regions: &mut Vec<Region>, new: &MemoryRegion, fd: &OwnedFd) -> Result<(), MemoryError> {
+fn insert(
+    regions: &mut Vec<Region>,
+    new: &MemoryRegion,
+    fd: &OwnedFd,
+    budget: &Arc<Budget>,
+) -> Result<(), MemoryError> {
     let (guest, user, size) = (new.guest_addr, new.user_addr, new.size);
     if regions.len() >= MEMORY_SLOTS {
         return Err(MemoryError::TooMany);
@@ -127,10 +133,21 @@ fn insert(regions: &mut Vec<Region>, new: &MemoryRegion, fd: &OwnedFd) -> Result
     if regions.iter().any(taken) {
         return Err(MemoryError::Overlap { guest, user });
     }
-    let mapped = Arc::new(mapping::map(fd.as_fd(), new.mmap_offset, size, GuestAddress(guest))?);
+    let mapped = Arc::new(mapping::map(fd.as_fd(), new.mmap_offset, size, GuestAddress(guest), budget)?);
     let at = regions.partition_point(|known| known.user < user);
     regions.insert(at, Region { guest, user, size, mapped });
     Ok(())
+}
+
+#[cfg(test)]
+impl MemoryTable {
+    pub(crate) fn empty() -> MemoryTable {
+        MemoryTable::new(Budget::share(1))
+    }
+
+    pub(crate) fn replace(table: Vec<(MemoryRegion, OwnedFd)>) -> Result<MemoryTable, MemoryError> {
+        MemoryTable::empty().replaced(table)
+    }
 }
 
 #[cfg(test)]

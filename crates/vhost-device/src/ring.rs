@@ -88,7 +88,7 @@ pub(crate) struct Ring {
     /// SET_VRING_CALL.
     pub(crate) call: Option<Arc<EventFd>>,
     /// SET_VRING_ERR.
-    pub(crate) err: Option<EventFd>,
+    pub(crate) err: Option<Arc<EventFd>>,
     /// SET_VRING_ENABLE.
     pub(crate) enabled: bool,
     /// With what the engine serves it.
@@ -134,11 +134,9 @@ impl Ring {
         self.call.clone().map(|call| call as Arc<dyn Interrupt>)
     }
 
-    /// Tells the front-end that the ring is broken.
-    pub(crate) fn signal_error(&self) {
-        if let Some(err) = &self.err {
-            err.signal();
-        }
+    /// What tells the front-end that the ring is broken.
+    pub(crate) fn err(&self) -> Call {
+        self.err.clone().map(|err| err as Arc<dyn Interrupt>)
     }
 
     /// Size and guest addresses, translated by `memory`. Each area has to be in one region.

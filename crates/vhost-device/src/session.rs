@@ -27,7 +27,7 @@ use vhost_user::{
 };
 use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
 use vm_virtio::engine::STOP_DEADLINE;
-use vm_virtio::{Features, GuestRam, HostEvent, WaitFor};
+use vm_virtio::{Features, GuestRam, HostEvent, Ticket, WaitFor};
 
 use crate::guest::Guest;
 use crate::listen::Listener;
@@ -107,7 +107,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             endpoint,
             listener,
             channel: None,
-            memory: MemoryTable::empty(),
+            memory: MemoryTable::new(guest.budget.clone()),
             rings: guest.engine.queues().iter().map(|_| Ring::default()).collect(),
             acked: None,
             enable_rules: true,
@@ -205,7 +205,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             R::GetQueueNum => return Ok(Answer::U64(self.rings.len() as u64)),
             R::GetMaxMemSlots => return Ok(Answer::U64(MEMORY_SLOTS as u64)),
             R::SetMemTable(table) => {
-                let next = MemoryTable::replace(table)?;
+                let next = self.memory.replaced(table)?;
                 self.change_memory(next).await;
             }
             R::AddMemReg(region, fd) => {
@@ -257,19 +257,29 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
         Ok(Answer::Done)
     }
 
+    /// Tells the front-end that a ring is broken. Not on this thread: the front-end can make its file block. Whoever
+    /// can be made to do so again and again waits for the ticket, so that no more than one is under way.
+    fn signal_error(&self, at: usize) -> Ticket<()> {
+        match self.rings.get(at).and_then(Ring::err) {
+            Some(err) => self.guest.engine.signal(at as u16, err),
+            None => Ticket::ready(()),
+        }
+    }
+
     /// Errors of rings to their error files, changes of the configuration space to the front-end.
     fn pass_on_events(&mut self) {
         for event in self.guest.events.take() {
             self.guest.log_event(&event);
             match event {
                 HostEvent::QueueFault { queue, .. } => {
-                    if let Some(ring) = self.rings.get(usize::from(queue)) {
-                        ring.signal_error();
-                    }
+                    // Once per start of a ring.
+                    drop(self.signal_error(usize::from(queue)));
                 }
                 // A worker that failed serves no ring any more. After the fault of one ring the others go on.
                 HostEvent::NeedsReset { .. } if self.guest.worker_failed() => {
-                    self.rings.iter().filter(|ring| ring.running.is_some()).for_each(Ring::signal_error);
+                    (0..self.rings.len())
+                        .filter(|at| self.rings[*at].running.is_some())
+                        .for_each(|at| drop(self.signal_error(at)));
                 }
                 _ => {}
             }
@@ -303,9 +313,11 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             .collect();
         for (queue, stop) in stops {
             let stopped = stop.await;
-            self.stopped(queue, stopped);
+            self.stopped(queue, stopped).await;
             self.remember(queue, packed);
-            // The engine keeps a call file over a stop.
+        }
+        for (queue, _) in (0..).zip(&self.rings) {
+            // The engine keeps a call file over a stop, also over one that was before.
             engine.set_call(queue, None).await;
         }
         engine.memory(GuestRam::empty(), WaitFor::NewRequests).await;

@@ -232,7 +232,7 @@ impl<D: VirtioDevice> Engine<D> {
             return Err(FeatureError::NotOffered(excess.bits()));
         }
         let mut control = lock(&self.0.control);
-        if self.status().contains(Status::FEATURES_OK) && control.driver != features {
+        if self.0.shared.status().contains(Status::FEATURES_OK) && control.driver != features {
             return Err(FeatureError::Fixed);
         }
         control.driver = features;
@@ -241,7 +241,10 @@ impl<D: VirtioDevice> Engine<D> {
 
     /// The status field.
     pub fn status(&self) -> Status {
-        self.0.shared.status()
+        let control = lock(&self.0.control);
+        let status = self.0.shared.status();
+        // 2.4.1: a driver that reads 0 goes on, so 0 means that the next write counts.
+        if control.resetting.is_some() && status.is_empty() { Status::DEVICE_NEEDS_RESET } else { status }
     }
 
     /// The driver writes the status field: 0 resets, other bits are added (2.1.1: a driver clears none). FEATURES_OK
@@ -252,7 +255,7 @@ impl<D: VirtioDevice> Engine<D> {
             return self.reset();
         }
         let control = lock(&self.0.control);
-        let old = self.status();
+        let old = self.0.shared.status();
         let mut new = status - old - Status::DEVICE_NEEDS_RESET - Status::SUSPEND;
         if control.resetting.is_some() {
             return Ticket::ready(());
@@ -321,6 +324,10 @@ impl<D: VirtioDevice> Engine<D> {
             return Ticket::ready(Err(error));
         }
         let control = lock(&self.0.control);
+        if control.resetting.is_some() {
+            // The lanes wait for the queues that were there when it began.
+            return Ticket::ready(Err(StartError::Resetting));
+        }
         let ring = match Queue::new(start.config, &control.ram, control.driver, start.state) {
             Ok(ring) => Box::new(ring),
             Err(error) => {
@@ -388,6 +395,12 @@ impl<D: VirtioDevice> Engine<D> {
         if let Some(lane) = self.lane(queue) {
             lane.send(Command::Kick(queue));
         }
+    }
+
+    /// Signals on the thread of the queue's lane, for files that come from a guest's front-end: writing to one can
+    /// block, whatever flags it had when it came, and must not hold the threads that serve other guests.
+    pub fn signal(&self, queue: u16, interrupt: Arc<dyn crate::Interrupt>) -> Ticket<()> {
+        self.tell(queue, |done| Command::Signal { interrupt, done })
     }
 
     /// Resets the device (2.4): queues are stopped and their buffers given up, the device and its workers go back to

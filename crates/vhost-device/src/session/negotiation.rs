@@ -172,11 +172,12 @@ impl<D: VirtioDevice> Session<'_, D> {
     /// Gets the device ready for a ring: takes the steps of the status that the front-end does not.
     pub(super) async fn make_ready(&mut self) -> Result<(), RingError> {
         let acked = self.acked.ok_or(RingError::Features)?;
+        let engine = &self.guest.engine;
+        // A reset forgot them, and the ring has to have the layout that this connection chose.
+        engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
         if self.has_status() && self.guest.status().contains(Status::DRIVER) {
             return Ok(());
         }
-        let engine = &self.guest.engine;
-        engine.set_driver_features(acked).map_err(|_| RingError::Features)?;
         // 3.1.1, steps 2 to 8. FEATURES_OK stays clear if the device refuses the features, and DRIVER_OK with it.
         let before = engine.status();
         if !before.contains(Status::DRIVER_OK) {

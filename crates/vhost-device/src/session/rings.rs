@@ -106,7 +106,7 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     pub(super) fn set_err(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), Refused> {
         let at = self.ring(index)?;
-        self.rings[at].err = fd.map(EventFd::new).transpose()?;
+        self.rings[at].err = fd.map(EventFd::new).transpose()?.map(Arc::new);
         Ok(())
     }
 
@@ -132,7 +132,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             return Ok(());
         }
         if !source.may_heal() {
-            self.rings[at].signal_error();
+            self.signal_error(at).await;
             self.rings[at].kick = None;
         }
         Err(Refused::Ring { index, source })
@@ -170,13 +170,13 @@ impl<D: VirtioDevice> Session<'_, D> {
         if self.rings[at].running.is_some() {
             let queue = at as u16;
             let stopped = self.guest.engine.stop(queue, Stop::Drain, None).await;
-            self.stopped(queue, stopped);
+            self.stopped(queue, stopped).await;
         }
     }
 
     /// Notes where a ring stopped. Requests that did not finish in time are lost with it: the engine says so in the
     /// status, and the front-end hears of it here (failure policy 7).
-    pub(super) fn stopped(&mut self, queue: u16, stopped: Result<QueueState, StopError>) {
+    pub(super) async fn stopped(&mut self, queue: u16, stopped: Result<QueueState, StopError>) {
         let Some(ring) = self.rings.get_mut(usize::from(queue)) else { return };
         ring.running = None;
         match stopped {
@@ -187,8 +187,8 @@ impl<D: VirtioDevice> Session<'_, D> {
                     ring = queue,
                     "stopped with requests that did not finish"
                 );
-                ring.signal_error();
                 ring.position = Position::At(QueueState { held: Vec::new(), ..state });
+                self.signal_error(usize::from(queue)).await;
             }
             Err(error) => {
                 tracing::error!(guest = self.guest.index, ring = queue, %error, "a ring was not stopped");

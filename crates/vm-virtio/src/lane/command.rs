@@ -1,7 +1,7 @@
 //! What the engine tells a lane, and where workers meet the device.
 use crate::device::{Session, Stop, Worker};
 use crate::lane::Call;
-use crate::lane::{Kick, StartError, StopError};
+use crate::lane::{Interrupt, Kick, StartError, StopError};
 use crate::ticket::Completer;
 use crate::{GuestRam, Queue, QueueState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,6 +55,11 @@ pub(crate) enum Command<W: Worker> {
         done: Arc<Completer<()>>,
     },
     Kick(u16),
+    /// Whoever made the file behind it can make it block: only this guest's lane is to feel that.
+    Signal {
+        interrupt: Arc<dyn Interrupt>,
+        done: Completer<()>,
+    },
     /// Stop everything, hand in the worker.
     CheckIn {
         meeting: Arc<Meeting<W>>,

@@ -97,6 +97,8 @@ pub struct LaneRunner<W: Worker> {
     /// Beside `queues.slots`, the same order.
     rings: Vec<Ring>,
     up: Upcall,
+    /// For chains that are dropped on other threads.
+    waker: reactor::Waker,
     budget: u32,
     spinner: Option<Spinner>,
     attached: bool,
@@ -138,6 +140,7 @@ impl<W: Worker> LaneRunner<W> {
             queues: Queues { slots: parts.queues.iter().map(|queue| (*queue, None)).collect() },
             rings: parts.queues.iter().map(|queue| Ring::new(*queue)).collect(),
             up: Upcall { shared: parts.shared },
+            waker: parts.waker,
             budget: parts.budget,
             spinner: (!parts.spin.limit.is_zero()).then(|| Spinner::new(parts.spin)),
             attached: false,
@@ -183,7 +186,7 @@ impl<W: Worker> LaneRunner<W> {
 
     fn one_turn(&mut self, timeout: Option<Duration>) -> bool {
         let Some(mut worked) = self.collect(timeout) else {
-            return self.wait_for_worker(timeout);
+            return self.wait_for_order(timeout);
         };
         self.called = false;
         while let Some(event) = self.reactor.next() {
@@ -193,7 +196,7 @@ impl<W: Worker> LaneRunner<W> {
             self.obey(order);
             worked = true;
         }
-        if self.mail_waiting {
+        if self.mail_waiting && !self.failed {
             self.read_mail();
             worked = true;
         }
@@ -214,12 +217,17 @@ impl<W: Worker> LaneRunner<W> {
 
     /// Something is left to do without waiting.
     fn pending(&self) -> bool {
-        self.mail_waiting && self.worker.is_some() || self.rings.iter().any(|ring| ring.ready)
+        // A failed worker reads no mail: it waits for the reset.
+        self.mail_waiting && self.worker.is_some() && !self.failed || self.rings.iter().any(|ring| ring.ready)
     }
 
     /// Waits until there is something to do. None: the worker is away, there is nothing to do but to wait for it.
     fn collect(&mut self, timeout: Option<Duration>) -> Option<bool> {
         self.worker.as_ref()?;
+        if self.failed {
+            // Only orders matter to a failed lane, and its worker's files may be ready for ever.
+            return Some(self.wait_for_order(timeout));
+        }
         let mut timeout = timeout;
         if self.pending() {
             timeout = Some(Duration::ZERO);
@@ -265,7 +273,7 @@ impl<W: Worker> LaneRunner<W> {
         let found = spinner.spin(|| {
             let mut found = false;
             for at in 0..self.rings.len() {
-                if self.serves(at) && self.queue(at).is_some_and(|queue| queue.has_available()) {
+                if self.serves(at) && self.queue(at).is_some_and(|queue| news(queue)) {
                     if let Some(ring) = self.rings.get_mut(at) {
                         ring.ready = true;
                     }
@@ -281,8 +289,8 @@ impl<W: Worker> LaneRunner<W> {
         found
     }
 
-    /// The worker is with the device: nothing can be served, only its return (and shutdown) matters.
-    fn wait_for_worker(&mut self, timeout: Option<Duration>) -> bool {
+    /// The worker is with the device, or failed: nothing can be served, only orders matter (its return, a reset).
+    fn wait_for_order(&mut self, timeout: Option<Duration>) -> bool {
         let order = match timeout {
             None => self.orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(limit) => self.orders.recv_timeout(limit),
@@ -358,7 +366,8 @@ impl<W: Worker> LaneRunner<W> {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].call = call;
                     // What was published for the old file may have gone unheard: better one interrupt too many.
-                    if self.serves(at) {
+                    // Also while the ring is disabled: it completes what is out.
+                    if self.live && self.queue(at).is_some() {
                         self.signal(at);
                     }
                 }
@@ -384,6 +393,10 @@ impl<W: Worker> LaneRunner<W> {
                     self.rings[at].ready = true;
                 }
             }
+            Command::Signal { interrupt, done } => {
+                interrupt.signal();
+                done.complete(());
+            }
             Command::CheckIn { meeting, deadline } => self.begin_check_in(meeting, deadline),
             Command::Return(worker) => {
                 self.worker = Some(worker);
@@ -405,6 +418,7 @@ impl<W: Worker> LaneRunner<W> {
                 .watch(fd.as_fd(), Token::host(u32::from(number)), Interest::READ_EDGE)
                 .map_err(StartError::Kick)?;
         }
+        queue.set_waker(self.waker.clone());
         *slot = Some(queue);
         let ring = &mut self.rings[at];
         ring.stopped();
@@ -591,6 +605,11 @@ impl<W: Worker> LaneRunner<W> {
             self.regate(at);
             return;
         }
+        // Used entries that nobody was told of lie in the memory that goes.
+        if queue.publish() {
+            self.signal(at);
+        }
+        let Some(queue) = self.queue(at) else { return };
         match queue.set_ram(ram) {
             // The new memory may show what the old one hid; a latched fault stays.
             Ok(()) => self.regate(at),
@@ -609,6 +628,13 @@ impl<W: Worker> LaneRunner<W> {
             }
         }
     }
+}
+
+/// Whether something came since the ring was seen empty. What a worker left in it on purpose is none: it comes back by
+/// itself, and a lane that spun for it would never sleep.
+fn news(queue: &Queue) -> bool {
+    let left = !queue.drained();
+    queue.has_available() && !left
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {

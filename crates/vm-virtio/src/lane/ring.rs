@@ -83,6 +83,9 @@ pub enum StartError {
     /// The kick file cannot be watched.
     #[error("the kick file cannot be watched")]
     Kick(#[source] io::Error),
+    /// A reset is under way.
+    #[error("the device is being reset")]
+    Resetting,
     /// The lane's thread is gone.
     #[error("the device is shutting down")]
     Gone,

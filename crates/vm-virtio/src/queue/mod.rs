@@ -115,6 +115,11 @@ pub struct Queue {
 }
 
 impl Queue {
+    /// For the lane runtime: who is woken when a chain is dropped, so that it is given back.
+    pub(crate) fn set_waker(&self, waker: reactor::Waker) {
+        self.arena.set_waker(waker);
+    }
+
     /// Makes a queue: resolves its areas in guest memory and checks size, alignment and state. `features` are those
     /// that were negotiated. Without a state it starts as after a reset: index 0, wrap counter 1.
     ///
@@ -421,7 +426,8 @@ impl Queue {
         self.arena.out()
     }
 
-    /// Moves to another snapshot of guest memory; chains that are out stay with theirs. If the rings are not in it,
+    /// Moves to another snapshot of guest memory; chains that are out stay with theirs. Publish first:
+    /// used entries lie in the memory of the time when they were added. If the rings are not in it,
     /// the queue keeps the one it has and is faulted.
     pub fn set_ram(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
         if self.arena.ram().same_as(ram) {

@@ -17,7 +17,10 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::mem::{self, MaybeUninit};
 use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+
+use reactor::Waker;
 
 use epochs::Epochs;
 
@@ -170,6 +173,9 @@ impl Slot {
                 return;
             }
             next.store(head, Ordering::Relaxed);
+            // Taken before the exchange, after which the queue may be gone. Who finds others on the stack is not the
+            // first: that one wakes.
+            let waker = if head.is_null() { shared.waker.get().cloned() } else { None };
             // Release: whatever this thread did with the chain was before the queue gives it back.
             match shared.dropped.compare_exchange_weak(
                 head,
@@ -177,7 +183,12 @@ impl Slot {
                 Ordering::Release,
                 Ordering::Acquire,
             ) {
-                Ok(_) => return,
+                Ok(_) => {
+                    if let Some(waker) = waker {
+                        waker.wake();
+                    }
+                    return;
+                }
                 Err(other) => head = other,
             }
         }
@@ -188,6 +199,8 @@ impl Slot {
 struct Shared {
     /// Stack of the slots whose handles were dropped; [`CLOSED`] when the queue is gone.
     dropped: AtomicPtr<Slot>,
+    /// Whose turn sweeps the stack.
+    waker: OnceLock<Waker>,
     /// With the queue gone: how many handles are left.
     left: AtomicUsize,
     /// With the queue gone: what the handles need.
@@ -277,6 +290,7 @@ impl Arena {
     pub(super) fn new(size: u16, ram: GuestRam) -> Arena {
         let shared = Box::new(Shared {
             dropped: AtomicPtr::new(ptr::null_mut()),
+            waker: OnceLock::new(),
             left: AtomicUsize::new(0),
             keep: UnsafeCell::new(None),
         });
@@ -292,6 +306,12 @@ impl Arena {
             pool: RefCell::new(Pool::new(size)),
             epochs: Epochs { current: ram, number: 0, old: Vec::new() },
         }
+    }
+
+    /// Who is woken by a dropped handle. Once.
+    pub(super) fn set_waker(&self, waker: Waker) {
+        // SAFETY: the queue's part of `Shared` ends when `self` is dropped.
+        let _ = unsafe { self.shared.as_ref() }.waker.set(waker);
     }
 
     /// The slot that [`Self::take`] will take.

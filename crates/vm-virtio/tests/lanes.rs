@@ -1,0 +1,438 @@
+//! Lanes in trouble: what a review of the engine found, each with the device or driver that causes it.
+
+use reactor::{Interest, Mail, Readiness, SpinPolicy, Token};
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use virtio_testkit::{RingDriver, RingLayout, TestRam};
+use vm_virtio::{
+    Call, Chain, DeviceError, DeviceType, Engine, EngineOptions, Features, GuestRam, HostEvent, HostEvents,
+    Interrupt, Kick, Lane, LaneRunner, Queue, QueueConfig, QueueSpec, QueueStart, StartError, Status, Stop,
+    Ticket, VirtioDevice, WaitFor, Worker,
+};
+
+type Ready = Box<dyn FnMut(u16, &mut Lane<'_>) -> Result<(), DeviceError> + Send>;
+
+struct W {
+    ready: Ready,
+    fail_mail: bool,
+    file: Option<std::fs::File>,
+}
+type Mails = Arc<Mutex<Vec<Mail<()>>>>;
+
+struct D {
+    workers: Option<Vec<W>>,
+    mail: Mails,
+}
+
+impl VirtioDevice for D {
+    type Worker = W;
+    fn device_type(&self) -> DeviceType {
+        DeviceType(42)
+    }
+    fn features(&self) -> Features {
+        Features::empty()
+    }
+    fn queues(&self, _: Features) -> Vec<QueueSpec> {
+        vec![QueueSpec { name: "a", max_size: 64, lane: 0 }, QueueSpec { name: "b", max_size: 64, lane: 0 }]
+    }
+    fn workers(&mut self, mail: &[Mail<()>]) -> Result<Vec<W>, DeviceError> {
+        *self.mail.lock().unwrap() = mail.to_vec();
+        Ok(self.workers.take().unwrap())
+    }
+}
+impl Worker for W {
+    type Msg = ();
+    fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        if let Some(file) = &self.file {
+            lane.reactor.watch(file.as_fd(), Token::new(0), Interest::READ)?;
+        }
+        Ok(())
+    }
+    fn queue_ready(&mut self, q: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        (self.ready)(q, lane)
+    }
+    fn queue_stop(&mut self, _: u16, _: Stop, _: &mut Lane<'_>) {}
+    fn message(&mut self, _: (), _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        if self.fail_mail { Err(DeviceError::new("bad")) } else { Ok(()) }
+    }
+    fn source_ready(&mut self, _: Token, _: Readiness, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        Err(DeviceError::new("source"))
+    }
+}
+struct Ear;
+impl HostEvents for Ear {
+    fn event(&self, _: HostEvent) {}
+}
+
+fn worker(ready: Ready) -> W {
+    W { ready, fail_mail: false, file: None }
+}
+struct Rig {
+    engine: Engine<D>,
+    lanes: Vec<LaneRunner<W>>,
+    ram: TestRam,
+    rings: Vec<RingDriver>,
+    mail: Mails,
+}
+fn rig(w: W, size: u16, spin: Duration) -> Rig {
+    let mail = Arc::new(Mutex::new(vec![]));
+    let mut options = EngineOptions::new(Arc::new(Ear));
+    options.spin = SpinPolicy { limit: spin };
+    let (engine, lanes) = Engine::new(D { workers: Some(vec![w]), mail: mail.clone() }, options).unwrap();
+    let ram = TestRam::new(&[(0, 0x10_0000)]);
+    let f = RingLayout::Split.features();
+    let rings = vec![
+        RingDriver::new(&ram, RingLayout::Split, size, f),
+        RingDriver::new(&ram, RingLayout::Split, size, f),
+    ];
+    Rig { engine, lanes, ram, rings, mail }
+}
+impl Rig {
+    fn step(&mut self) {
+        for l in &mut self.lanes {
+            l.turn(Some(Duration::ZERO));
+        }
+    }
+    fn done<T>(&mut self, mut t: Ticket<T>) -> Option<T> {
+        for _ in 0..100 {
+            self.step();
+            if let Some(v) = t.try_take() {
+                return Some(v);
+            }
+        }
+        None
+    }
+    fn up(&mut self, calls: Vec<Call>) {
+        let t = self.engine.memory(self.ram.ram(), WaitFor::NewRequests);
+        self.done(t).unwrap();
+        self.engine.set_driver_features(RingLayout::Split.features()).unwrap();
+        let t = self.engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK);
+        self.done(t).unwrap();
+        for (i, call) in calls.into_iter().enumerate() {
+            self.start(i as u16, call);
+        }
+        let t = self.engine.set_status(Status::DRIVER_OK);
+        self.done(t).unwrap();
+    }
+    fn start(&mut self, q: u16, call: Call) {
+        let t = self.engine.start(
+            q,
+            QueueStart {
+                config: self.rings[q as usize].queue_config(),
+                state: None,
+                kick: Kick::Manual,
+                call,
+            },
+        );
+        self.done(t).unwrap().unwrap();
+        let t = self.engine.enable(q, true);
+        self.done(t).unwrap();
+    }
+}
+fn within(what: &str, f: impl FnOnce() + Send + 'static) {
+    let (tx, rx) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        f();
+        tx.send(()).unwrap()
+    });
+    assert!(rx.recv_timeout(Duration::from_secs(5)).is_ok(), "hangs: {what}");
+}
+
+#[test]
+fn policy_5_a_failed_lane_rests_although_it_has_mail() {
+    within("a failed lane with mail", || {
+        let mut w = worker(Box::new(|_, _| Ok(())));
+        w.fail_mail = true;
+        let mut r = rig(w, 8, Duration::ZERO);
+        r.up(vec![None]);
+        r.mail.lock().unwrap()[0].send(()).unwrap();
+        r.step();
+    });
+}
+
+#[test]
+fn a_polling_lane_sleeps_while_its_worker_leaves_a_buffer() {
+    let calls = Arc::new(AtomicU64::new(0));
+    let c = calls.clone();
+    let mut r = rig(
+        worker(Box::new(move |_, _| {
+            c.fetch_add(1, SeqCst);
+            Ok(())
+        })),
+        8,
+        Duration::from_micros(50),
+    );
+    r.up(vec![None]);
+    let buf = r.ram.writable(8);
+    r.rings[0].add(&[buf]);
+    r.engine.kick(0);
+    let lane = r.lanes.pop().unwrap();
+    let t = std::thread::spawn(move || lane.run());
+    std::thread::sleep(Duration::from_millis(500));
+    let n = calls.load(SeqCst);
+    r.engine.shutdown();
+    t.join().unwrap();
+    assert!(n < 100, "{n} calls of queue_ready in half a second for one kick");
+}
+
+#[test]
+fn a_chain_put_back_after_the_ring_was_empty_does_not_keep_the_lane_awake() {
+    within("unpop after None", || {
+        let mut r = rig(
+            worker(Box::new(move |q, lane| {
+                let queue = lane.queues.get(q).unwrap();
+                let Some(first) = queue.pop() else { return Ok(()) };
+                assert!(queue.pop().is_none());
+                queue.unpop(first).unwrap();
+                Ok(())
+            })),
+            8,
+            Duration::ZERO,
+        );
+        r.up(vec![None]);
+        let buf = r.ram.writable(8);
+        r.rings[0].add(&[buf]);
+        r.engine.kick(0);
+        r.step();
+    });
+}
+
+struct Adder(Mutex<VecDeque<Box<dyn FnOnce() + Send>>>);
+impl Interrupt for Adder {
+    fn signal(&self) {
+        if let Some(f) = self.0.lock().unwrap().pop_front() {
+            f()
+        }
+    }
+}
+
+#[test]
+fn no_wake_up_is_lost_after_a_dropped_chain_with_all_slots_taken() {
+    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
+    let h = held.clone();
+    let popped = Arc::new(AtomicUsize::new(0));
+    let p = popped.clone();
+    let mut r = rig(
+        worker(Box::new(move |q, lane| {
+            let queue = lane.queues.get(q).unwrap();
+            while let Some(chain) = queue.pop() {
+                p.fetch_add(1, SeqCst);
+                let mut held = h.lock().unwrap();
+                if held.len() < 3 { held.push(chain) } else { drop(chain) }
+            }
+            Ok(())
+        })),
+        4,
+        Duration::ZERO,
+    );
+    let adder = Arc::new(Adder(Mutex::default()));
+    r.up(vec![Some(adder.clone())]);
+    let bufs: Vec<_> = (0..5).map(|_| r.ram.writable(8)).collect();
+    for b in &bufs[..4] {
+        r.rings[0].add(&[*b]);
+    }
+    assert!(r.rings[0].kick_wanted());
+    // On the interrupt the driver (another CPU) reuses the buffer at once, and kicks if it is asked to.
+    let ring = Arc::new(Mutex::new(r.rings.remove(0)));
+    let kicked = Arc::new(AtomicBool::new(false));
+    let (ring2, kicked2, buf) = (ring.clone(), kicked.clone(), bufs[4]);
+    adder.0.lock().unwrap().push_back(Box::new(move || {
+        let mut ring = ring2.lock().unwrap();
+        assert!(ring.used().is_some());
+        ring.add(&[buf]);
+        kicked2.store(ring.kick_wanted(), SeqCst);
+    }));
+    r.engine.kick(0);
+    r.step();
+    if kicked.load(SeqCst) {
+        r.engine.kick(0);
+        r.step();
+    }
+    assert_eq!(popped.load(SeqCst), 5, "kicked: {}", kicked.load(SeqCst));
+}
+
+/// The worker's file stays ready and nobody reads it any more.
+#[test]
+fn policy_5_a_failed_lane_sleeps_although_its_workers_file_is_ready() {
+    let mut w = worker(Box::new(|_, _| Ok(())));
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    std::io::Write::write_all(&mut &theirs, b"x").unwrap();
+    w.file = Some(std::fs::File::from(std::os::fd::OwnedFd::from(ours)));
+    let mut r = rig(w, 8, Duration::ZERO);
+    let lane = &mut r.lanes[0];
+    assert!(lane.turn(Some(Duration::from_secs(5))), "the file is ready and the worker fails");
+    for _ in 0..3 {
+        assert!(!lane.turn(Some(Duration::from_millis(20))), "nothing to do");
+    }
+}
+
+#[test]
+fn a_queue_does_not_start_while_a_reset_is_under_way() {
+    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
+    let h = held.clone();
+    let mut r = rig(
+        worker(Box::new(move |q, lane| {
+            let queue = lane.queues.get(q).unwrap();
+            while let Some(chain) = queue.pop() {
+                h.lock().unwrap().push(chain)
+            }
+            Ok(())
+        })),
+        8,
+        Duration::ZERO,
+    );
+    r.up(vec![None]);
+    let buf = r.ram.writable(8);
+    r.rings[0].add(&[buf]);
+    r.engine.kick(0);
+    r.step();
+    let mut reset = r.engine.reset();
+    r.step();
+    let start = r.engine.start(
+        1,
+        QueueStart { config: r.rings[1].queue_config(), state: None, kick: Kick::Manual, call: None },
+    );
+    assert!(matches!(r.done(start), Some(Err(StartError::Resetting))));
+    held.lock().unwrap().clear();
+    let end = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < end {
+        r.step();
+        if reset.try_take().is_some() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("the reset does not end, three seconds after its deadline");
+}
+
+#[test]
+fn common_2_4_1_a_status_that_reads_0_takes_the_next_write() {
+    let mut lost = 0;
+    let mut r = rig(worker(Box::new(|_, _| Ok(()))), 8, Duration::ZERO);
+    r.up(vec![None]);
+    let lane = r.lanes.pop().unwrap();
+    let t = std::thread::spawn(move || lane.run());
+    for _ in 0..20000 {
+        r.engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER).wait();
+        let reset = r.engine.reset();
+        // 2.4.2: a driver that has written 0 waits until the status reads 0.
+        while !r.engine.status().is_empty() {
+            std::hint::spin_loop()
+        }
+        r.engine.set_status(Status::ACKNOWLEDGE).wait();
+        if !r.engine.status().contains(Status::ACKNOWLEDGE) {
+            lost += 1
+        }
+        reset.wait();
+    }
+    r.engine.shutdown();
+    t.join().unwrap();
+    assert_eq!(lost, 0, "of 20000");
+}
+
+#[test]
+fn policy_2_a_chain_dropped_on_another_thread_wakes_its_lane() {
+    let (tx, rx) = std::sync::mpsc::channel::<Chain>();
+    let tx = Mutex::new(tx);
+    let mut r = rig(
+        worker(Box::new(move |q, lane| {
+            let queue = lane.queues.get(q).unwrap();
+            while let Some(chain) = queue.pop() {
+                tx.lock().unwrap().send(chain).unwrap()
+            }
+            Ok(())
+        })),
+        8,
+        Duration::ZERO,
+    );
+    r.up(vec![None]);
+    let buf = r.ram.writable(8);
+    r.rings[0].add(&[buf]);
+    r.engine.kick(0);
+    let lane = r.lanes.pop().unwrap();
+    let t = std::thread::spawn(move || lane.run());
+    let chain = rx.recv().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    drop(chain);
+    std::thread::sleep(Duration::from_secs(1));
+    let used = r.rings[0].used();
+    r.engine.shutdown();
+    t.join().unwrap();
+    assert!(used.is_some(), "not given back a second later");
+}
+
+#[test]
+fn completions_stay_in_the_memory_they_were_made_for() {
+    use vm_memory::*;
+    let mem = || {
+        let m: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 0x10000)]).unwrap();
+        m
+    };
+    let (a, b) = (GuestRam::new(&mem()), GuestRam::new(&mem()));
+    let config = QueueConfig {
+        size: 4,
+        desc: GuestAddress(0),
+        driver: GuestAddress(0x1000),
+        device: GuestAddress(0x2000),
+    };
+    for ram in [&a, &b] {
+        ram.write(GuestAddress(0), &[0x00, 0x30, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+        ram.write(GuestAddress(0x1000), &[0, 0, 1, 0, 0, 0]).unwrap();
+    }
+    let mut queue = Queue::new(config, &a, Features::VERSION_1, None).unwrap();
+    let chain = queue.pop().unwrap();
+    queue.add_used(chain, 5);
+    // As the lane does before it moves to other memory.
+    queue.publish();
+    queue.set_ram(&b).unwrap();
+    queue.publish();
+    let mut used = [0; 12];
+    a.read(GuestAddress(0x2000), &mut used).unwrap();
+    assert_eq!(used[2..4], [1, 0]);
+    assert_eq!(used[8], 5, "idx is published, the entry is in the old memory");
+}
+
+#[test]
+fn an_interrupt_that_went_to_the_old_file_of_a_disabled_ring_is_repeated() {
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+    impl Interrupt for Bell {
+        fn signal(&self) {
+            self.0.fetch_add(1, SeqCst);
+        }
+    }
+    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
+    let h = held.clone();
+    let mut r = rig(
+        worker(Box::new(move |q, lane| {
+            let queue = lane.queues.get(q).unwrap();
+            while let Some(chain) = queue.pop() {
+                h.lock().unwrap().push(chain)
+            }
+            Ok(())
+        })),
+        8,
+        Duration::ZERO,
+    );
+    let (old, new) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
+    r.up(vec![Some(old.clone())]);
+    let buf = r.ram.writable(8);
+    r.rings[0].add(&[buf]);
+    r.engine.kick(0);
+    r.step();
+    let t = r.engine.enable(0, false);
+    r.done(t).unwrap();
+    held.lock().unwrap().clear();
+    r.step();
+    assert_eq!(old.0.load(SeqCst), 1, "completed while disabled");
+    let t = r.engine.set_call(0, Some(new.clone()));
+    r.done(t).unwrap();
+    let t = r.engine.enable(0, true);
+    r.done(t).unwrap();
+    r.step();
+    assert!(new.0.load(SeqCst) > 0, "the old file was not listened to any more");
+}

@@ -40,8 +40,12 @@ impl Events {
 
 impl HostEvents for Events {
     fn event(&self, event: HostEvent) {
+        // 2.1.2: a configuration-change notification follows DEVICE_NEEDS_RESET.
+        if matches!(event, HostEvent::ConfigChanged | HostEvent::NeedsReset { .. }) {
+            self.config_changed.store(true, Ordering::SeqCst);
+        }
         match event {
-            HostEvent::ConfigChanged => self.config_changed.store(true, Ordering::SeqCst),
+            HostEvent::ConfigChanged => {}
             other => {
                 let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
                 if others.len() < KEPT {

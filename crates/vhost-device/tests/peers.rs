@@ -324,6 +324,18 @@ fn peers_vhost_crate_a_configuration_change_reaches_the_vmm() {
     }
 }
 
+/// Nor, with other daemons, that the device needs a reset (2.1.2).
+#[test]
+fn peers_vhost_crate_a_configuration_change_follows_needs_reset() {
+    let daemon = TestDaemon::start();
+    let mut driver = daemon.driver(0, RingLayout::Split);
+    driver.ring(0).split().set_avail_idx(0x4000);
+    driver.kick_anyway(0);
+    let told = driver.backend_requests().unwrap().wait(SOON).unwrap().expect("a message");
+    assert!(matches!(told.request, BackendRequest::ConfigChange));
+    assert!(driver.status().unwrap().contains(Status::DEVICE_NEEDS_RESET));
+}
+
 /// "A ring size that is not a power of two is acknowledged and ignored."
 #[test]
 fn peers_vhost_crate_a_split_ring_of_odd_size_is_refused_and_does_not_run() {

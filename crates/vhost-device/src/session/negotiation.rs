@@ -16,7 +16,7 @@ use vm_virtio::device::VirtioDevice;
 use vm_virtio::{FeatureError, Features, QueueState, Status};
 
 use super::{Refused, Session};
-use crate::ring::{RingError, first_base};
+use crate::ring::{Position, RingError, first_base};
 
 /// Everything that is implemented. CONFIG only for devices that have a configuration space.
 pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
@@ -66,6 +66,12 @@ impl<D: VirtioDevice> Session<'_, D> {
         let broken = status.intersects(Status::DEVICE_NEEDS_RESET | Status::FAILED);
         if (negotiated || broken) && self.is_suspended() {
             self.guest.reset().await;
+            // Where a ring of the other features stopped means nothing to these.
+            for ring in &mut self.rings {
+                if matches!(ring.position, Position::At(_)) {
+                    ring.position = Position::Start;
+                }
+            }
         }
         engine.set_driver_features(features)?;
         self.acked = Some(features);

@@ -1,5 +1,5 @@
 //! What a daemon costs beside its requests: time until it listens, resident memory with a guest attached, wake-ups when
-//! idle. The figures of README.md's "Speed"; repeat them with `cargo xtask bench daemon`.
+//! idle. The figures of README.md, "Speed"; repeat them with `cargo xtask bench daemon`.
 //!
 //! The floor of the start is `/bin/true`, started and waited for in the same way.
 

@@ -52,7 +52,7 @@ enum Task {
     /// Measure our speed beside that of others
     Bench {
         /// What to measure
-        #[arg(value_parser = ["rings"], default_value = "rings")]
+        #[arg(value_parser = ["rings", "daemon"], default_value = "rings")]
         name: String,
         /// Arguments for the benchmark itself
         #[arg(last = true)]

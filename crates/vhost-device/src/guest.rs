@@ -1,9 +1,9 @@
 //! One guest: its device, which outlives connections, and the front-ends that come and go.
 //!
-//! A guest has one front-end at a time. While one is connected, the listener stays open and another that connects is
-//! turned away by closing its connection - after the first one's end was looked for, so that a VMM which reconnects
-//! faster than its disconnect is noticed gets in. When a front-end is gone its rings are stopped and its memory is let
-//! go; the device keeps its state until RESET_DEVICE, SET_STATUS(0), or a driver that begins from scratch.
+//! A guest has one front-end at a time. While one is connected, the listener stays open; another that connects waits for
+//! a moment, so that a VMM which reconnects faster than its disconnect is noticed gets in, and is then turned away by
+//! closing its connection. When a front-end is gone its rings are stopped and its memory is let go; the device keeps its
+//! state until RESET_DEVICE, SET_STATUS(0), or a driver that begins from scratch.
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
@@ -27,6 +27,10 @@ use crate::task::{Watch, yield_now};
 
 /// How long to wait after the system refused to accept a connection, most likely for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long somebody who connects while there is a front-end may wait for its end. A front-end that is gone can look
+/// alive for a moment: a process that it forked holds its files until it executes another program.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// What the guests of a process share; the main thread's.
 pub(crate) struct Host {
@@ -82,7 +86,7 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) events: Arc<Events>,
     pub(crate) host: Rc<Host>,
     /// Somebody who connected while there was, perhaps, another front-end.
-    waiting: RefCell<Option<UnixStream>>,
+    waiting: RefCell<Option<(UnixStream, Instant)>>,
     /// What it may map.
     pub(crate) budget: Arc<Budget>,
     /// Where each ring stopped last, since the last reset: tells a driver that goes on from one that begins again.
@@ -133,7 +137,7 @@ impl<D: VirtioDevice> Guest<D> {
                 return Poll::Ready(None);
             }
             self.log_events();
-            if let Some(stream) = self.waiting.take() {
+            if let Some((stream, _)) = self.waiting.take() {
                 return Poll::Ready(Some(stream));
             }
             match listener.accept() {
@@ -148,11 +152,21 @@ impl<D: VirtioDevice> Guest<D> {
         .await
     }
 
-    /// Lets in whoever connects while there is a front-end, for now. True if somebody did: the front-end's end may have
-    /// come before that, so look for it once more, and then [turn](Guest::turn_away) the other away.
+    /// Lets in whoever connects while there is a front-end, for now: see [`PATIENCE`]. True if somebody connected: the
+    /// front-end's end may have come before that, so look for it once more, and then [turn](Guest::turn_away) away.
     pub(crate) fn somebody_waits(&self, listener: &Listener) -> bool {
         match listener.accept() {
-            Ok(Some(stream)) => self.waiting.replace(Some(stream)).is_none(),
+            Ok(Some(stream)) => {
+                let mut waiting = self.waiting.borrow_mut();
+                if waiting.is_some() {
+                    self.turned_away();
+                } else {
+                    let until = Instant::now() + PATIENCE;
+                    self.host.reactor.borrow_mut().set_timer(self.tokens().listener(), until);
+                    *waiting = Some((stream, until));
+                }
+                true
+            }
             Ok(None) => false,
             Err(error) => {
                 self.accept_failed(&error);
@@ -161,11 +175,17 @@ impl<D: VirtioDevice> Guest<D> {
         }
     }
 
-    /// Turns away whoever was let in: the front-end is certainly there.
+    /// Turns away who has waited long enough: the front-end is certainly there.
     pub(crate) fn turn_away(&self) {
-        if self.waiting.take().is_some() {
-            tracing::warn!(guest = self.index, "has a front-end already; another one was turned away");
+        let mut waiting = self.waiting.borrow_mut();
+        if waiting.as_ref().is_some_and(|(_, until)| Instant::now() >= *until) {
+            *waiting = None;
+            self.turned_away();
         }
+    }
+
+    fn turned_away(&self) {
+        tracing::warn!(guest = self.index, "has a front-end already; another one was turned away");
     }
 
     fn accept_failed(&self, error: &io::Error) {

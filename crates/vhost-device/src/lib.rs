@@ -41,7 +41,7 @@
 //!
 //! * Each guest has a socket, a device and a thread per lane of the device; guests share nothing but the process.
 //! * The socket is there from before readiness is announced (`NOTIFY_SOCKET`, `--ready-fd`) until the end, over any
-//!   number of front-ends. One at a time: a second one is turned away by closing its connection.
+//!   number of front-ends. One at a time: a second one is turned away after a moment.
 //! * A device keeps its state when its front-end goes, and loses it with RESET_DEVICE, SET_STATUS(0), or when a driver
 //!   begins from scratch.
 //! * SIGTERM and SIGINT: requests that were taken are finished, sockets are removed. That takes at most 3 seconds, or up

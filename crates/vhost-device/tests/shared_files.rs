@@ -146,3 +146,18 @@ fn who_reconnects_at_once_is_not_turned_away() {
     }
     assert_eq!(away, 0, "of 20000");
 }
+
+/// A process that the front-end forked holds its socket a moment longer.
+#[test]
+fn who_reconnects_while_the_old_connection_still_looks_alive_gets_in() {
+    let daemon = TestDaemon::start();
+    let mut first = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
+    first.get_features().unwrap();
+    let held = first.stream().try_clone().unwrap();
+    drop(first);
+    let mut second = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
+    let waits = std::thread::spawn(move || second.get_features());
+    std::thread::sleep(Duration::from_millis(50));
+    drop(held);
+    waits.join().unwrap().unwrap();
+}

@@ -1,4 +1,4 @@
-//! Lanes in trouble: what a review of the engine found, each with the device or driver that causes it.
+//! Lanes in trouble: devices and drivers that could keep a lane from resting, or from going on.
 
 use reactor::{Interest, Mail, Readiness, SpinPolicy, Token};
 use std::collections::VecDeque;

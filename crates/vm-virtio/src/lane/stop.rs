@@ -38,6 +38,9 @@ impl<W: Worker> LaneRunner<W> {
         let number = self.rings[at].index;
         self.rings[at].stopping = Some(stopping);
         self.regate(at);
+        if let (Stop::Discard, Some(queue)) = (how, self.queue(at)) {
+            queue.give_up();
+        }
         self.unwatch_kick(at);
         self.enter_quietly(|worker, lane| worker.queue_stop(number, how, lane));
     }

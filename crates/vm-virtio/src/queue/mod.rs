@@ -102,6 +102,8 @@ pub struct Queue {
     in_order: Option<Box<InOrder>>,
     size: u16,
     closed: bool,
+    /// Dropped chains are not given back any more.
+    given_up: bool,
     budget: u32,
     fault: Option<QueueError>,
     /// How many chains had been popped when the ring was seen empty in this turn; [`NEVER`]: it was not.
@@ -151,6 +153,7 @@ impl Queue {
             in_order,
             size: config.size,
             closed: false,
+            given_up: false,
             budget: u32::MAX,
             fault: None,
             drained: Cell::new(NEVER),
@@ -240,14 +243,24 @@ impl Queue {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
+        let slot = self.arena.index_of(slot);
+        self.give_up_slot(slot);
+    }
+
+    /// The queue is being reset: chains that the device just drops from here on are given up as well, instead of going
+    /// back to the driver (2.4.1).
+    pub fn give_up(&mut self) {
+        self.given_up = true;
+    }
+
+    fn give_up_slot(&mut self, slot: u32) {
         self.counters.discarded += 1;
-        if self.in_order.is_some() {
+        if self.in_order.is_none() {
+            self.release(slot);
+        } else if let Some(slot) = self.arena.at(slot) {
             // Keeps its place: what comes behind it must not be used before it.
             slot.hold(Mark::Discarded, 0);
-            return;
         }
-        let slot = self.arena.index_of(slot);
-        self.release(slot);
     }
 
     /// Puts the chain that was popped last back, to be popped again; any other one comes back as the error.
@@ -546,6 +559,10 @@ impl Queue {
         while let Some(slot) = next {
             let Some(at) = self.arena.at(slot) else { return };
             next = self.arena.next_dropped(at);
+            if self.given_up {
+                self.give_up_slot(slot);
+                continue;
+            }
             self.counters.swept += 1;
             self.complete_slowly(slot, 0);
         }

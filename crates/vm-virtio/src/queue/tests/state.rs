@@ -175,3 +175,22 @@ fn restoring_refuses_chains_that_cannot_be() {
         assert!(wrong(refused(packed, Features::IN_ORDER, with(&|c| c.completed = Some(9)))));
     }
 }
+
+#[test]
+fn common_2_4_1_a_queue_that_is_given_up_marks_nothing_used_for_chains_that_are_dropped() {
+    for packed in LAYOUTS {
+        for features in [Features::empty(), Features::IN_ORDER] {
+            let mut driver = driver(packed, 8, features);
+            let mut queue = driver.queue();
+            driver.add(&[w(DATA, 8)], &[]).unwrap();
+            driver.add(&[w(DATA, 8)], &[]).unwrap();
+            let chains: Vec<Chain> = queue.iter().collect();
+            queue.give_up();
+            drop(chains);
+            assert_eq!(queue.outstanding(), 0);
+            assert!(!queue.publish());
+            assert_eq!(driver.used(), []);
+            assert_eq!((queue.counters().discarded, queue.counters().swept), (2, 0));
+        }
+    }
+}

@@ -73,7 +73,6 @@ pub struct Session {
 }
 
 /// The queues of a lane. One that is not started is not there.
-#[derive(Default)]
 pub struct Queues {
     pub(crate) slots: Vec<(u16, Option<Queue>)>,
 }

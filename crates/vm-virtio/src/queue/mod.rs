@@ -193,11 +193,7 @@ impl Queue {
                 in_order.order.push_back(self.arena.index_of(slot));
             }
         } else {
-            let violation = match &mut self.ring {
-                Ring::Split(ring) => ring.violation(),
-                Ring::Packed(ring) => ring.violation(),
-            };
-            match violation {
+            match self.arena.violation() {
                 Some(error) => self.latch(error),
                 None => self.drained.set(self.arena.popped()),
             }

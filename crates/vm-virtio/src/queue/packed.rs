@@ -111,7 +111,6 @@ pub(super) struct Packed {
     in_flight: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
-    violation: Option<QueueError>,
 }
 
 impl Packed {
@@ -155,7 +154,6 @@ impl Packed {
             batch: 0,
             in_flight,
             armed: true,
-            violation: None,
         })
     }
 
@@ -166,22 +164,17 @@ impl Packed {
         self.device_event = EventArea::new(&areas.device);
     }
 
-    /// Pops the next list. `None`: there is none, or what there is breaks a rule: then there is a violation to take.
+    /// Pops the next list. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
     /// Nothing moves in either case.
     #[inline(never)]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
         match self.try_pop(arena) {
             Ok(chain) => chain,
             Err(error) => {
-                self.violation = Some(error);
+                arena.park(error);
                 None
             }
         }
-    }
-
-    /// What the last pop stumbled over.
-    pub(super) fn violation(&mut self) -> Option<QueueError> {
-        self.violation.take()
     }
 
     #[inline(always)]

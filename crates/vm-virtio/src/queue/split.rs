@@ -36,7 +36,6 @@ pub(super) struct Split {
     published: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
-    violation: Option<QueueError>,
 }
 
 impl Split {
@@ -82,7 +81,6 @@ impl Split {
             next_used: used,
             published: used,
             armed: true,
-            violation: None,
         })
     }
 
@@ -93,22 +91,17 @@ impl Split {
         self.used = UsedRing::new(&areas.device);
     }
 
-    /// Pops the next chain. `None`: there is none, or what there is breaks a rule: then there is a violation to take.
+    /// Pops the next chain. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
     /// Nothing moves in either case.
     #[inline(never)]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
         match self.try_pop(arena) {
             Ok(chain) => chain,
             Err(error) => {
-                self.violation = Some(error);
+                arena.park(error);
                 None
             }
         }
-    }
-
-    /// What the last pop stumbled over.
-    pub(super) fn violation(&mut self) -> Option<QueueError> {
-        self.violation.take()
     }
 
     #[inline(always)]

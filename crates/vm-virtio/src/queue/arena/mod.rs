@@ -450,7 +450,12 @@ impl Arena {
     #[cold]
     #[inline(never)]
     pub(super) fn parked(&self) -> QueueError {
-        self.parked.take().unwrap_or(QueueError::ChainTooLong)
+        self.violation().unwrap_or(QueueError::ChainTooLong)
+    }
+
+    /// What the last pop stumbled over, if it did.
+    pub(super) fn violation(&self) -> Option<QueueError> {
+        self.parked.take()
     }
 
     /// Handles made, less those that were put back.

@@ -90,6 +90,18 @@ fn rig(w: W, size: u16, spin: Duration) -> Rig {
     ];
     Rig { engine, lanes, ram, rings, mail }
 }
+/// A rig whose worker keeps every chain, and what it keeps.
+fn holding_rig() -> (Rig, Arc<Mutex<Vec<Chain>>>) {
+    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
+    let keep = held.clone();
+    let ready = move |q, lane: &mut Lane<'_>| {
+        let queue = lane.queues.get(q).unwrap();
+        keep.lock().unwrap().extend(queue.iter());
+        Ok(())
+    };
+    (rig(worker(Box::new(ready)), 8, Duration::ZERO), held)
+}
+
 impl Rig {
     fn step(&mut self) {
         for l in &mut self.lanes {
@@ -271,19 +283,7 @@ fn policy_5_a_failed_lane_sleeps_although_its_workers_file_is_ready() {
 
 #[test]
 fn a_queue_does_not_start_while_a_reset_is_under_way() {
-    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
-    let h = held.clone();
-    let mut r = rig(
-        worker(Box::new(move |q, lane| {
-            let queue = lane.queues.get(q).unwrap();
-            while let Some(chain) = queue.pop() {
-                h.lock().unwrap().push(chain)
-            }
-            Ok(())
-        })),
-        8,
-        Duration::ZERO,
-    );
+    let (mut r, held) = holding_rig();
     r.up(vec![None]);
     let buf = r.ram.writable(8);
     r.rings[0].add(&[buf]);
@@ -405,19 +405,7 @@ fn an_interrupt_that_went_to_the_old_file_of_a_disabled_ring_is_repeated() {
             self.0.fetch_add(1, SeqCst);
         }
     }
-    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
-    let h = held.clone();
-    let mut r = rig(
-        worker(Box::new(move |q, lane| {
-            let queue = lane.queues.get(q).unwrap();
-            while let Some(chain) = queue.pop() {
-                h.lock().unwrap().push(chain)
-            }
-            Ok(())
-        })),
-        8,
-        Duration::ZERO,
-    );
+    let (mut r, held) = holding_rig();
     let (old, new) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
     r.up(vec![Some(old.clone())]);
     let buf = r.ram.writable(8);

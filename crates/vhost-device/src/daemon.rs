@@ -5,6 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,7 +21,7 @@ use crate::guest::{Guest, Host, Source, Tokens};
 use crate::listen::{Endpoint, ListenError, Listener};
 use crate::notify::Announcer;
 use crate::signals::Signals;
-use crate::task::{Task, TaskWaker};
+use crate::task::{Task, TaskWaker, Watch};
 
 /// How long lanes may take to notice that they are to end.
 const LANES_END: Duration = Duration::from_secs(1);
@@ -111,7 +112,26 @@ struct Prepared<D: VirtioDevice> {
     lanes: Vec<LaneRunner<D::Worker>>,
     events: Arc<Events>,
     waker: Arc<TaskWaker>,
-    source: Source,
+    socket: Socket,
+}
+
+/// What a guest's front-ends come from.
+enum Socket {
+    Listener(Listener),
+    Connected(UnixStream),
+}
+
+impl Socket {
+    fn open(endpoint: Endpoint) -> Result<Socket, DaemonError> {
+        Ok(match endpoint {
+            Endpoint::Path(path) => Socket::Listener(Listener::bind(&path)?),
+            Endpoint::Listener(socket) => Socket::Listener(
+                Listener::adopt(socket)
+                    .map_err(|error| DaemonError::System("use an inherited socket", error))?,
+            ),
+            Endpoint::Connected(stream) => Socket::Connected(stream),
+        })
+    }
 }
 
 /// Devices with their sockets, ready to be served.
@@ -148,15 +168,7 @@ impl<D: VirtioDevice> Daemon<D> {
         }
         let mut guests = Vec::with_capacity(devices.len());
         for ((engine, lanes, events, waker), endpoint) in devices.into_iter().zip(endpoints) {
-            let source = match endpoint {
-                Endpoint::Path(path) => Source::Listener(Listener::bind(&path)?),
-                Endpoint::Listener(socket) => Source::Listener(
-                    Listener::adopt(socket)
-                        .map_err(|error| DaemonError::System("use an inherited socket", error))?,
-                ),
-                Endpoint::Connected(stream) => Source::Connected(stream),
-            };
-            guests.push(Prepared { engine, lanes, events, waker, source });
+            guests.push(Prepared { engine, lanes, events, waker, socket: Socket::open(endpoint)? });
         }
         let stopper = Stopper { asked: Arc::default(), waker };
         Ok(Daemon { guests, stopper, signals: None, announcer: Announcer::default() })
@@ -185,7 +197,7 @@ impl<D: VirtioDevice> Daemon<D> {
                 .map_err(system("watch for signals"))?;
         }
         let host = Rc::new(Host {
-            reactor: RefCell::new(reactor),
+            reactor: Rc::new(RefCell::new(reactor)),
             stopping: Cell::new(false),
             guests: guests.len(),
         });
@@ -195,8 +207,16 @@ impl<D: VirtioDevice> Daemon<D> {
             for lane in prepared.lanes {
                 threads.push(spawn(index, lane).map_err(system("start a thread"))?);
             }
+            let source = match prepared.socket {
+                Socket::Listener(listener) => {
+                    let watch = Watch::new(&host.reactor, Tokens::of(index).listener(), listener.as_fd())
+                        .map_err(system("watch a socket"))?;
+                    Source::Listener(listener, watch)
+                }
+                Socket::Connected(stream) => Source::Connected(stream),
+            };
             let guest = Guest::new(index, prepared.engine, prepared.events, host.clone());
-            tasks.push(Task::new(prepared.waker, guest.serve(prepared.source)));
+            tasks.push(Task::new(prepared.waker, guest.serve(source)));
         }
         announcer.ready();
         let served = main_loop(&host, &mut tasks, &stopper, signals.as_ref(), &mut announcer);

@@ -7,7 +7,6 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -34,7 +33,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// What the guests of a process share; the main thread's.
 pub(crate) struct Host {
-    pub(crate) reactor: RefCell<Reactor>,
+    pub(crate) reactor: Rc<RefCell<Reactor>>,
     /// The daemon is asked to end.
     pub(crate) stopping: Cell<bool>,
     /// How many guests there are.
@@ -72,8 +71,9 @@ impl Tokens {
 
 /// Where front-ends come from.
 pub(crate) enum Source {
-    /// One after the other, without end.
-    Listener(Listener),
+    /// One after the other, without end. Watched from before readiness is announced: a daemon that cannot notice
+    /// front-ends is not ready.
+    Listener(Listener, Watch),
     /// This one only.
     Connected(UnixStream),
 }
@@ -115,12 +115,7 @@ impl<D: VirtioDevice> Guest<D> {
     pub(crate) async fn serve(self, source: Source) {
         match source {
             Source::Connected(stream) => self.session(stream, None).await,
-            Source::Listener(listener) => {
-                let watch = Watch::new(&self.host.reactor, self.tokens().listener(), listener.as_fd());
-                if let Err(error) = &watch {
-                    tracing::error!(guest = self.index, %error, "the socket cannot be watched");
-                    return;
-                }
+            Source::Listener(listener, _watch) => {
                 while let Some(stream) = self.accept(&listener).await {
                     self.session(stream, Some(&listener)).await;
                     // Whoever does nothing but connect must not keep the other guests waiting.

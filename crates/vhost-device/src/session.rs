@@ -82,14 +82,14 @@ pub(crate) struct Session<'g, D: VirtioDevice> {
     /// Where others are turned away.
     listener: Option<&'g Listener>,
     /// For requests to the front-end.
-    channel: Option<(BackendChannel, Watch<'g>)>,
+    channel: Option<(BackendChannel, Watch)>,
     memory: MemoryTable,
     rings: Vec<Ring>,
     /// SET_FEATURES, without the protocol's own bit.
     acked: Option<Features>,
     /// Whether bit 30 was acknowledged: rings begin disabled, and SET_VRING_ENABLE rules.
     enable_rules: bool,
-    _watch: Watch<'g>,
+    _watch: Watch,
 }
 
 impl<'g, D: VirtioDevice> Session<'g, D> {

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -101,25 +102,25 @@ pub(crate) async fn yield_now() {
 
 /// A watch of the main reactor that ends with its owner. The reactor holds a duplicate of what it watches, so without
 /// this a peer would not see its connection closed.
-pub(crate) struct Watch<'a> {
-    reactor: &'a RefCell<Reactor>,
+pub(crate) struct Watch {
+    reactor: Rc<RefCell<Reactor>>,
     token: Token,
 }
 
-impl<'a> Watch<'a> {
+impl Watch {
     /// Watches for reading and writing, edge-triggered.
     pub(crate) fn new(
-        reactor: &'a RefCell<Reactor>,
+        reactor: &Rc<RefCell<Reactor>>,
         token: Token,
         fd: std::os::fd::BorrowedFd<'_>,
-    ) -> std::io::Result<Watch<'a>> {
+    ) -> std::io::Result<Watch> {
         let interest = reactor::Interest { writable: true, ..reactor::Interest::READ_EDGE };
         reactor.borrow_mut().watch(fd, token, interest)?;
-        Ok(Watch { reactor, token })
+        Ok(Watch { reactor: reactor.clone(), token })
     }
 }
 
-impl Drop for Watch<'_> {
+impl Drop for Watch {
     fn drop(&mut self) {
         if let Ok(mut reactor) = self.reactor.try_borrow_mut() {
             reactor.unwatch(self.token);

@@ -86,6 +86,7 @@ mod memory;
 mod notify;
 mod ring;
 mod session;
+mod sigbus;
 mod signals;
 mod task;
 #[cfg(test)]

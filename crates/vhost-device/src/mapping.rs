@@ -1,8 +1,9 @@
-//! Mapping a front-end's memory files. The `unsafe` of mapping is here and nowhere else.
+//! Mapping a front-end's files: guest memory and what else it shares. The `unsafe` of mapping is here and nowhere else.
 //!
 //! A [`Mapping`] may be wider than the region that it serves: offsets and lengths that are no multiple of the file's
 //! page size (huge pages) are rounded outwards. The descriptor is closed as soon as the file is mapped, so that some
-//! hundred memory slots cost no descriptors. Who holds a region of the mapping keeps it mapped.
+//! hundred memory slots cost no descriptors. Who holds a region of the mapping keeps it mapped. A file that is truncated
+//! later poisons its mappings (`sigbus.rs`).
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
@@ -15,6 +16,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::bitmap::{Bitmap, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
+use vm_virtio::memory::{Poison, SharedMemory};
+
+use crate::sigbus::Guarded;
 
 /// `f_type` of hugetlbfs (statfs(2)); its block size is the size of a huge page.
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
@@ -65,6 +69,8 @@ impl Budget {
 struct Mapping {
     base: NonNull<std::ffi::c_void>,
     len: usize,
+    /// Always there but for the end.
+    guarded: Option<Guarded>,
     budget: Arc<Budget>,
 }
 
@@ -76,6 +82,8 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // The addresses may be somebody else's as soon as they are free.
+        self.guarded = None;
         // SAFETY: `base` and `len` are what `mmap` was called with, and nobody can reach the area any more: every
         // region over it owns a reference to this mapping (`KeepMapped`).
         let _ = unsafe { munmap(self.base.as_ptr(), self.len) };
@@ -86,7 +94,12 @@ impl Drop for Mapping {
 /// What a region over a mapping carries to keep it. It is a `Bitmap` that records nothing, because that is the one
 /// thing of the caller's that a `vm_memory` region owns; it is dropped with the region.
 #[derive(Clone, Debug)]
-pub(crate) struct KeepMapped(#[expect(dead_code, reason = "held for its drop")] Arc<Mapping>);
+pub(crate) struct KeepMapped(Arc<Mapping>);
+
+/// What tells that the file behind a region was truncated.
+pub(crate) fn poison(region: &MappedRegion) -> Option<Arc<Poison>> {
+    region.bitmap().0.guarded.as_ref().map(|guarded| guarded.poison().clone())
+}
 
 impl WithBitmapSlice<'_> for KeepMapped {
     type S = ();
@@ -115,23 +128,15 @@ pub(crate) fn map(
     budget: &Arc<Budget>,
 ) -> Result<MappedRegion, MapError> {
     let bad_range = || MapError::Range { offset, size };
-    let end = offset.checked_add(size).filter(|_| size > 0).ok_or_else(bad_range)?;
-    let granule = check_file(fd, end)?;
-    let start = offset - offset % granule;
-    let lead = usize::try_from(offset - start).map_err(|_| bad_range())?;
-    let len = end.checked_next_multiple_of(granule).map(|end| end - start).ok_or_else(bad_range)?;
-    let len = usize::try_from(len).ok().filter(|len| *len <= isize::MAX as usize).ok_or_else(bad_range)?;
-    let size = usize::try_from(size).map_err(|_| bad_range())?;
-
+    let part = Part::of(fd, offset, size)?;
     let read_write = ProtFlags::READ | ProtFlags::WRITE;
-    let (mapping, prot) = match map_shared(fd, start, len, read_write, budget) {
+    let (mapping, prot) = match map_shared(fd, &part, read_write, budget) {
         Err(MapError::System(Errno::ACCESS)) => {
-            (map_shared(fd, start, len, ProtFlags::READ, budget)?, ProtFlags::READ)
+            (map_shared(fd, &part, ProtFlags::READ, budget)?, ProtFlags::READ)
         }
         other => (other?, read_write),
     };
-    // SAFETY: `lead` is less than a granule and `len` more than `lead`, so the result is inside of the mapping.
-    let pointer = unsafe { mapping.base.as_ptr().cast::<u8>().add(lead) };
+    let (pointer, size) = (part.within(&mapping).as_ptr(), part.size);
     let builder = MmapRegionBuilder::new_with_bitmap(size, KeepMapped(Arc::new(mapping)))
         .with_mmap_prot(prot.bits() as i32)
         .with_mmap_flags(MapFlags::SHARED.bits() as i32);
@@ -140,18 +145,73 @@ pub(crate) fn map(
     GuestRegionMmap::new(region, guest).ok_or_else(bad_range)
 }
 
-fn map_shared(
+/// Maps `size` bytes of the file behind `fd` at `offset`, for reading and writing: memory that is shared beside that of
+/// the guest. It counts towards the same budget.
+#[cfg_attr(not(test), expect(dead_code, reason = "used by in-flight tracking and the dirty log"))]
+pub(crate) fn map_beside(
     fd: BorrowedFd<'_>,
     offset: u64,
+    size: u64,
+    budget: &Arc<Budget>,
+) -> Result<SharedMemory, MapError> {
+    let part = Part::of(fd, offset, size)?;
+    let mapping = map_shared(fd, &part, ProtFlags::READ | ProtFlags::WRITE, budget)?;
+    let base = part.within(&mapping);
+    let poison = mapping.guarded.as_ref().map(|guarded| guarded.poison().clone()).unwrap_or_default();
+    // SAFETY: `size` bytes from `base` on are inside of the mapping, which is dropped last.
+    Ok(unsafe { SharedMemory::new(base, part.size, poison, Box::new(mapping)) })
+}
+
+/// What of a file is to be mapped, in the file's units.
+struct Part {
+    start: u64,
     len: usize,
+    granule: usize,
+    /// Where in this the bytes lie that were asked for: `lead + size <= len`.
+    lead: usize,
+    size: usize,
+}
+
+impl Part {
+    fn of(fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Part, MapError> {
+        let bad_range = || MapError::Range { offset, size };
+        let end = offset.checked_add(size).filter(|_| size > 0).ok_or_else(bad_range)?;
+        let granule = check_file(fd, end)?;
+        let start = offset - offset % granule;
+        let len = end.checked_next_multiple_of(granule).map(|end| end - start).ok_or_else(bad_range)?;
+        let within = |n: u64| usize::try_from(n).ok().filter(|n| *n <= isize::MAX as usize);
+        let fit = |n: u64| within(n).ok_or_else(bad_range);
+        Ok(Part {
+            start,
+            len: fit(len)?,
+            granule: fit(granule)?,
+            lead: fit(offset - start)?,
+            size: fit(size)?,
+        })
+    }
+
+    /// Where they are in memory.
+    fn within(&self, mapping: &Mapping) -> NonNull<u8> {
+        // SAFETY: `lead` is less than a granule and the length more than `lead`: inside of the mapping, so not null.
+        unsafe { mapping.base.cast::<u8>().add(self.lead) }
+    }
+}
+
+fn map_shared(
+    fd: BorrowedFd<'_>,
+    part: &Part,
     prot: ProtFlags,
     budget: &Arc<Budget>,
 ) -> Result<Mapping, MapError> {
+    let (len, flags) = (part.len, MapFlags::SHARED | MapFlags::NORESERVE);
     budget.take(len)?;
     // SAFETY: without MAP_FIXED the kernel chooses addresses that are free.
-    let base = unsafe { mmap(null_mut(), len, prot, MapFlags::SHARED | MapFlags::NORESERVE, fd, offset) };
+    let base = unsafe { mmap(null_mut(), len, prot, flags, fd, part.start) };
     match base.map(NonNull::new) {
-        Ok(Some(base)) => Ok(Mapping { base, len, budget: budget.clone() }),
+        Ok(Some(base)) => {
+            let guarded = Some(Guarded::new(base.as_ptr(), len, part.granule));
+            Ok(Mapping { base, len, guarded, budget: budget.clone() })
+        }
         other => {
             budget.0.fetch_add(len as u64, Ordering::Relaxed);
             Err(other.err().unwrap_or(Errno::NOMEM).into())
@@ -190,7 +250,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use rustix::fs::MemfdFlags;
-    use vm_virtio::GuestRam;
+    use vm_virtio::{GuestRam, MemFault};
 
     use super::*;
 
@@ -273,6 +333,43 @@ mod tests {
         ram.read(GuestAddress(0), &mut magic).unwrap();
         assert_eq!(&magic, b"\x7fELF");
         assert!(ram.write(GuestAddress(0), b"x").is_err());
+    }
+
+    #[test]
+    fn policy_6_a_truncated_file_poisons_its_memory_and_no_other() {
+        let (lost, kept) = (file(0x4000), file(0x2000));
+        let ram = |regions: Vec<Arc<MappedRegion>>| {
+            GuestRam::from_files(regions.into_iter().map(|region| {
+                let poison = poison(&region);
+                (region, poison)
+            }))
+            .unwrap()
+        };
+        let bad = Arc::new(map(lost.as_fd(), 0, 0x4000, GuestAddress(0x10_0000)).unwrap());
+        let good = Arc::new(map(kept.as_fd(), 0, 0x2000, GuestAddress(0)).unwrap());
+        let (both, one) = (ram(vec![bad, good.clone()]), ram(vec![good]));
+        rustix::fs::ftruncate(&lost, 0x1000).unwrap();
+        both.write(GuestAddress(0x10_0000), b"here").unwrap();
+        assert!(!both.is_poisoned(), "nobody touched what is missing");
+        assert_eq!(both.write(GuestAddress(0x10_0fff), b"half"), Err(MemFault::Poisoned));
+        assert!(both.is_poisoned());
+        assert_eq!(both.read(GuestAddress(0), &mut [0]), Err(MemFault::Poisoned));
+        one.write(GuestAddress(0), b"fine").unwrap();
+        assert!(!one.is_poisoned());
+    }
+
+    #[test]
+    fn policy_6_shared_memory_beside_the_guests_is_poisoned_too() {
+        let (fd, budget) = (file(0x3000), Budget::share(1));
+        let shared = map_beside(fd.as_fd(), 0x1008, 0x1ff8, &budget).unwrap();
+        assert_eq!(shared.len(), 0x1ff8);
+        rustix::io::pwrite(&fd, b"z", 0x1008).unwrap();
+        // SAFETY: within the area, here and below.
+        assert_eq!(unsafe { shared.as_ptr().read_volatile() }, b'z');
+        rustix::fs::ftruncate(&fd, 0x2000).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { shared.as_ptr().wrapping_add(0x1ff7).read_volatile() }, 0);
+        assert!(shared.is_poisoned());
     }
 
     #[test]

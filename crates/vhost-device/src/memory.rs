@@ -99,7 +99,9 @@ impl MemoryTable {
     }
 
     fn of(&self, regions: Vec<Region>) -> Result<MemoryTable, MemoryError> {
-        let ram = GuestRam::from_regions(regions.iter().map(|region| region.mapped.clone()))?;
+        let ram = GuestRam::from_files(
+            regions.iter().map(|region| (region.mapped.clone(), mapping::poison(&region.mapped))),
+        )?;
         Ok(MemoryTable { regions, ram, budget: self.budget.clone() })
     }
 

@@ -2,113 +2,17 @@
 mod support;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
+use support::process::{Process, pass, program};
 use support::*;
 use vhost_user::{FrontendEndpoint, MemoryRegion, ProtocolFeatures};
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
-
-/// The example lies beside the test binaries.
-fn program() -> PathBuf {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    path.push("examples/echo");
-    assert!(path.exists(), "no example at {path:?}: run `cargo build -p vhost-device --examples` first");
-    path
-}
-
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command) -> Process {
-        Process(command.stdin(Stdio::null()).spawn().unwrap())
-    }
-
-    /// Started with these arguments and ready: its sockets accept connections.
-    fn ready(args: &[&str]) -> Process {
-        let (reader, writer) = std::io::pipe().unwrap();
-        let mut command = Command::new(program());
-        command.args(args).args(["--ready-fd", "9"]).stderr(Stdio::null());
-        pass(&mut command, &[(writer.as_fd().as_raw_fd(), 9)]);
-        let process = Process::start(&mut command);
-        drop(writer);
-        let mut line = String::new();
-        BufReader::new(reader).read_line(&mut line).unwrap();
-        assert_eq!(line, "READY=1\n");
-        process
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.0), signal).unwrap();
-    }
-
-    /// Waits for its end.
-    fn ended(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + SOON;
-        loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "the daemon does not end");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    fn proc(&self, file: &str) -> PathBuf {
-        format!("/proc/{}/{file}", self.0.id()).into()
-    }
-
-    fn count(&self, directory: &str) -> usize {
-        std::fs::read_dir(self.proc(directory)).unwrap().count()
-    }
-
-    fn mappings(&self) -> usize {
-        std::fs::read_to_string(self.proc("maps"))
-            .unwrap()
-            .lines()
-            .filter(|line| line.contains("memfd"))
-            .count()
-    }
-
-    fn status(&self, field: &str) -> u64 {
-        let status = std::fs::read_to_string(self.proc("status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Gives descriptors to a child under fixed numbers.
-fn pass(command: &mut Command, fds: &[(RawFd, RawFd)]) {
-    let fds = fds.to_vec();
-    // SAFETY: dup2 and fcntl are safe to call between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            for (from, to) in &fds {
-                let outcome =
-                    if from == to { libc::fcntl(*from, libc::F_SETFD, 0) } else { libc::dup2(*from, *to) };
-                if outcome < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
-}
 
 /// Runs to the end: exit code, standard output, standard error.
 fn output(args: &[&str]) -> (Option<i32>, String, String) {

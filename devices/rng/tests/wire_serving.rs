@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use support::{Daemon, Directory, SOON, ask, connect, connect_with};
 use vhost_user::ProtocolFeatures;
-use virtio_testkit::{Buf, Interrupts, RingLayout, Shape, TestRam, VhostUserOptions};
+use virtio_testkit::{Buf, Interrupts, RingLayout, Shape, TestRam, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{Features, GuestAddress, Status};
 
 fn started(args: &[&str]) -> (Directory, std::path::PathBuf, Daemon) {
@@ -282,4 +282,41 @@ fn nothing_happens_while_nothing_is_asked() {
     let before = switches();
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(switches(), before, "no thread woke up");
+}
+
+/// The kernel writes large requests into guest memory, and says EFAULT where a truncated file has none: that request's
+/// error. Small ones are copied by us: there the memory is lost, and the device needs a reset.
+#[test]
+fn policy_6_system_calls_into_a_truncated_file_are_an_error_of_their_request() {
+    const KEPT: u64 = 1 << 20;
+    const LOST: u64 = 0x4000_0000;
+    let (_directory, socket, mut daemon) = started(&[]);
+    for layout in RingLayout::ALL {
+        let ram = TestRam::new(&[(0, KEPT), (LOST, 0x4000)]);
+        // No ring is there.
+        while ram.alloc(0x2000 - 16, 16).0 < LOST {}
+        while ram.alloc(0x2000 - 16, 16).0 < LOST {}
+        let mut driver = connect_with(&socket, VhostUserOptions { ram, ..VhostUserOptions::new(layout) });
+        let buffer = |len| [Buf::writable(GuestAddress(LOST + 0x2000), len)];
+        driver.ring(0).add(&buffer(0x2000));
+        rustix::fs::ftruncate(driver.ram().fd(), KEPT + 0x2000).unwrap();
+        driver.kick(0);
+        let needs_reset = |driver: &mut VhostUserDriver| {
+            let status = driver.endpoint().get_status().unwrap();
+            Status::from_bits_retain(status).contains(Status::DEVICE_NEEDS_RESET)
+        };
+        assert_eq!(driver.wait_used(0, SOON).unwrap().len, 0);
+        assert!(!needs_reset(&mut driver));
+        assert_eq!(ask(&mut driver, 64).len(), 64);
+        rustix::fs::ftruncate(driver.ram().fd(), KEPT + 0x4000).unwrap();
+        driver.ring(0).add(&buffer(16));
+        rustix::fs::ftruncate(driver.ram().fd(), KEPT + 0x2000).unwrap();
+        driver.kick(0);
+        let deadline = Instant::now() + SOON;
+        while !needs_reset(&mut driver) {
+            assert!(Instant::now() < deadline, "memory was lost");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(daemon.is_running());
+    }
 }

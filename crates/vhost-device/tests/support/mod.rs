@@ -1,6 +1,7 @@
 //! A daemon in the test's own process, and requests to its echo device.
 #![allow(unreachable_pub, dead_code, reason = "shared by test crates, none of which uses all")]
 pub mod echo;
+pub mod process;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -501,13 +501,15 @@ impl<W: Worker> LaneRunner<W> {
         }
     }
 
-    /// Failure policy 1: a broken ring stops, everything else goes on.
+    /// Failure policies 1 and 6: a broken ring stops, everything else goes on; rings whose memory was lost are broken.
     fn find_faults(&mut self) {
         for at in 0..self.rings.len() {
             if self.rings[at].faulted {
                 continue;
             }
-            let Some(error) = self.queue(at).and_then(|queue| queue.fault().cloned()) else { continue };
+            let Some(queue) = self.queue(at) else { continue };
+            queue.check_memory();
+            let Some(error) = queue.fault().copied() else { continue };
             self.fault(at, error);
         }
     }
@@ -548,7 +550,8 @@ impl<W: Worker> LaneRunner<W> {
             if polled || (!queue.drained() && queue.has_available()) {
                 continue;
             }
-            let more = queue.arm();
+            // Memory that was lost just now is for the next turn to find.
+            let more = queue.arm() || !queue.check_memory();
             self.rings[at].armed = !more;
             self.rings[at].ready = more;
         }

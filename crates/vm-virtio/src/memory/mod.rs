@@ -10,10 +10,14 @@
 //! | `segment.rs` | a contiguous piece of guest memory, and lists of them |
 //! | `buf.rs` | memory that a payload names: owns its snapshot |
 //! | `copy.rs` | the volatile copies |
+//! | `poison.rs` | memory whose file was truncated |
+//! | `shared.rs` | memory that is shared beside the guest's |
 mod buf;
 mod copy;
 mod directory;
+mod poison;
 mod segment;
+mod shared;
 
 use std::any::Any;
 use std::fmt;
@@ -26,7 +30,9 @@ pub use buf::GuestBuf;
 pub(crate) use copy::{copy, load_u64};
 pub(crate) use directory::Directory;
 use directory::Region;
+pub use poison::Poison;
 pub use segment::{Segment, Segs, iovecs};
+pub use shared::SharedMemory;
 
 /// What an access is going to do with the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +55,9 @@ pub enum MemFault {
         /// Length of the range in bytes.
         len: u64,
     },
+    /// A file behind the memory was truncated: what is in this snapshot is void (failure policy 6).
+    #[error("guest memory was lost: a file behind it was truncated")]
+    Poisoned,
 }
 
 /// A set of regions that is no memory map.
@@ -73,6 +82,9 @@ pub enum RamError {
 
 struct Ram {
     directory: Directory,
+    /// One for each mapping that can lose memory.
+    poisons: Vec<Arc<Poison>>,
+    watch: poison::Watch,
     /// What unmaps the regions when it is dropped.
     _keep: Vec<Box<dyn Any + Send + Sync>>,
 }
@@ -89,25 +101,49 @@ impl GuestRam {
         let keep: Vec<Box<dyn Any + Send + Sync>> = vec![Box::new(memory.clone())];
         // The map has been through the same checks when it was made; were it otherwise, an empty snapshot faults
         // every access.
-        Directory::new(regions).map_or_else(
-            |_| GuestRam::empty(),
-            |directory| GuestRam(Arc::new(Ram { directory, _keep: keep })),
-        )
+        Directory::new(regions)
+            .map_or_else(|_| GuestRam::empty(), |directory| GuestRam::of(directory, Vec::new(), keep))
     }
 
     /// A snapshot without any memory: each access faults.
     pub fn empty() -> GuestRam {
-        GuestRam(Arc::new(Ram { directory: Directory::empty(), _keep: Vec::new() }))
+        GuestRam::of(Directory::empty(), Vec::new(), Vec::new())
+    }
+
+    fn of(
+        directory: Directory,
+        poisons: Vec<Arc<Poison>>,
+        keep: Vec<Box<dyn Any + Send + Sync>>,
+    ) -> GuestRam {
+        GuestRam(Arc::new(Ram { directory, poisons, watch: poison::Watch::default(), _keep: keep }))
     }
 
     /// A snapshot of these regions, in any order; regions without bytes are left out.
     pub fn from_regions<B: Bitmap + Send + Sync + 'static>(
         regions: impl IntoIterator<Item = Arc<GuestRegionMmap<B>>>,
     ) -> Result<GuestRam, RamError> {
-        let keep: Vec<Arc<GuestRegionMmap<B>>> = regions.into_iter().collect();
+        GuestRam::from_files(regions.into_iter().map(|region| (region, None)))
+    }
+
+    /// The same, of regions whose files may be truncated: with what tells of it.
+    pub fn from_files<B: Bitmap + Send + Sync + 'static>(
+        regions: impl IntoIterator<Item = (Arc<GuestRegionMmap<B>>, Option<Arc<Poison>>)>,
+    ) -> Result<GuestRam, RamError> {
+        let (keep, poisons): (Vec<_>, Vec<_>) = regions.into_iter().unzip();
         let directory = Directory::new(keep.iter().filter_map(|region| region_of(region)).collect())?;
         let keep = keep.into_iter().map(|region| Box::new(region) as Box<dyn Any + Send + Sync>).collect();
-        Ok(GuestRam(Arc::new(Ram { directory, _keep: keep })))
+        Ok(GuestRam::of(directory, poisons.into_iter().flatten().collect(), keep))
+    }
+
+    /// Whether a file behind the memory was truncated. What was read or written since it happened is void, so look
+    /// after an access, not before. One load as long as nothing is lost in this process.
+    #[inline]
+    pub fn is_poisoned(&self) -> bool {
+        self.0.watch.any(self.0.poisons.iter().map(|poison| &**poison))
+    }
+
+    fn intact(&self) -> Result<(), MemFault> {
+        if self.is_poisoned() { Err(MemFault::Poisoned) } else { Ok(()) }
     }
 
     /// Whether both are the very same snapshot.
@@ -134,11 +170,13 @@ impl GuestRam {
         access: Access,
         out: &mut Segs<'a>,
     ) -> Result<(), MemFault> {
+        self.intact()?;
         out.append(self.directory(), addr.0, u64::from(len), access)
     }
 
     /// Memory named in a payload: the pieces together with the snapshot that keeps them mapped.
     pub fn pin(&self, addr: GuestAddress, len: u64, access: Access) -> Result<GuestBuf, MemFault> {
+        self.intact()?;
         GuestBuf::new(self.clone(), addr.0, len, access)
     }
 
@@ -152,7 +190,7 @@ impl GuestRam {
             segment.read(0, now);
             data = later;
         }
-        Ok(())
+        self.intact()
     }
 
     /// Copies into guest memory. A naturally aligned value of 2, 4 or 8 bytes is written in one access.
@@ -165,7 +203,7 @@ impl GuestRam {
             segment.write(0, now);
             data = later;
         }
-        Ok(())
+        self.intact()
     }
 }
 

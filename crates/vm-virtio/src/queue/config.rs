@@ -33,6 +33,9 @@ impl QueueConfig {
         if self.size == 0 || self.size > MAX_QUEUE_SIZE || (!packed && !self.size.is_power_of_two()) {
             return Err(QueueError::Size(self.size));
         }
+        if ram.is_poisoned() {
+            return Err(QueueError::Poisoned);
+        }
         let area = |area, addr: GuestAddress, len: u64, align: u64| {
             // The host's alignment is what the accesses need. It differs from the guest's if a region was mapped
             // at an odd offset of its file.

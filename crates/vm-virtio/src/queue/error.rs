@@ -107,12 +107,16 @@ pub enum QueueError {
     /// The chains that are out together have more elements than this implementation keeps (2.7.4.1 allows a limit).
     #[error("too many elements in the chains that are out")]
     OutOfSegments,
+    /// A file behind guest memory was truncated: what the rings and buffers hold is void (failure policy 6).
+    #[error("guest memory was lost: a file behind it was truncated")]
+    Poisoned,
 }
 
 impl From<crate::MemFault> for QueueError {
     fn from(fault: crate::MemFault) -> Self {
         match fault {
             crate::MemFault::Unmapped { addr, len } => QueueError::Unmapped { addr, len },
+            crate::MemFault::Poisoned => QueueError::Poisoned,
         }
     }
 }

@@ -457,6 +457,17 @@ impl Queue {
         Ok(())
     }
 
+    /// For the lane runtime, once a turn: whether the guest's memory is still there. If not, the queue is faulted.
+    /// Memory of former snapshots does not matter: what a front-end has taken away it may also truncate.
+    #[inline]
+    pub fn check_memory(&mut self) -> bool {
+        if !self.arena.ram().is_poisoned() {
+            return true;
+        }
+        self.latch(QueueError::Poisoned);
+        false
+    }
+
     /// How many former snapshots are kept for chains that are out.
     pub fn old_snapshots(&self) -> usize {
         self.arena.old_snapshots()

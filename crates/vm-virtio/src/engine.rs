@@ -18,7 +18,8 @@ use crate::lane::{
 };
 use crate::ticket::{Completer, Ticket, ticket};
 use crate::{
-    ConfigError, ConfigSpace, DeviceType, Features, GuestRam, Queue, QueueConfig, QueueState, Status,
+    ConfigError, ConfigSpace, DeviceType, DirtyLog, Features, GuestAddress, GuestRam, Queue, QueueConfig,
+    QueueState, Status,
 };
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
@@ -388,6 +389,23 @@ impl<D: VirtioDevice> Engine<D> {
             lane.send(Command::Memory { ram: ram.clone(), wait, done: done.clone() });
         }
         ticket
+    }
+
+    /// Marks pages that the device writes in this log from here on; none: nowhere. When the ticket ends, every lane
+    /// does, and nobody writes to the former log.
+    pub fn log(&self, log: Option<Arc<DirtyLog>>) -> Ticket<()> {
+        let (done, ticket) = ticket(());
+        let done = Arc::new(done);
+        for lane in &self.0.lanes {
+            lane.send(Command::Log { log: log.clone(), done: done.clone() });
+        }
+        ticket
+    }
+
+    /// Whether what is written in the rings of a queue is logged, too: then with the guest-physical address of its
+    /// Device Area. Remembered over a stop, forgotten by a reset.
+    pub fn log_ring(&self, queue: u16, device: Option<GuestAddress>) -> Ticket<()> {
+        self.tell(queue, |done| Command::LogRing { queue, device, done })
     }
 
     /// The driver notified this queue: for hosts whose kicks are no files.

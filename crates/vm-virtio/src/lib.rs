@@ -32,7 +32,7 @@ pub use device::{
 pub use engine::{Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, QueueStart};
 pub use features::{DeviceType, Features};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
-pub use memory::{Access, GuestAddress, GuestRam, MemFault, Segment};
+pub use memory::{Access, DirtyLog, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};
 pub use status::Status;
 pub use ticket::Ticket;

@@ -3,7 +3,7 @@ use crate::device::{Session, Stop, Worker};
 use crate::lane::Call;
 use crate::lane::{Interrupt, Kick, StartError, StopError};
 use crate::ticket::Completer;
-use crate::{GuestRam, Queue, QueueState};
+use crate::{DirtyLog, GuestAddress, GuestRam, Queue, QueueState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -53,6 +53,17 @@ pub(crate) enum Command<W: Worker> {
     Activate {
         session: Session,
         done: Arc<Completer<()>>,
+    },
+    /// The log of dirty pages, for all queues; complete when the last holder of `done` is gone.
+    Log {
+        log: Option<Arc<DirtyLog>>,
+        done: Arc<Completer<()>>,
+    },
+    /// Where a queue's Device Area is for the log.
+    LogRing {
+        queue: u16,
+        device: Option<GuestAddress>,
+        done: Completer<()>,
     },
     Kick(u16),
     /// Whoever made the file behind it can make it block: only this guest's lane is to feel that.

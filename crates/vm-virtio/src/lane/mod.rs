@@ -20,7 +20,7 @@ pub(crate) use command::{Command, LaneHandle, Meeting};
 pub use ring::{Call, EventFd, Interrupt, Kick, StartError, StopError};
 
 use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
-use crate::{GuestRam, Queue, Status};
+use crate::{DirtyLog, GuestRam, Queue, Status};
 use reactor::{Event, Inbox, Interest, Reactor, SpinPolicy, Spinner, Token};
 use ring::Ring;
 use rustix::fd::AsFd;
@@ -97,6 +97,8 @@ pub struct LaneRunner<W: Worker> {
     /// Beside `queues.slots`, the same order.
     rings: Vec<Ring>,
     up: Upcall,
+    /// Where pages that are written are marked.
+    log: Option<Arc<DirtyLog>>,
     /// For chains that are dropped on other threads.
     waker: reactor::Waker,
     budget: u32,
@@ -140,6 +142,7 @@ impl<W: Worker> LaneRunner<W> {
             queues: Queues { slots: parts.queues.iter().map(|queue| (*queue, None)).collect() },
             rings: parts.queues.iter().map(|queue| Ring::new(*queue)).collect(),
             up: Upcall { shared: parts.shared },
+            log: None,
             waker: parts.waker,
             budget: parts.budget,
             spinner: (!parts.spin.limit.is_zero()).then(|| Spinner::new(parts.spin)),
@@ -211,6 +214,9 @@ impl<W: Worker> LaneRunner<W> {
         self.progress_stops();
         if self.spinner.is_none() {
             self.arm();
+        }
+        if self.log.is_some() {
+            self.queues.slots.iter_mut().filter_map(|(_, queue)| queue.as_mut()).for_each(Queue::signal_log);
         }
         worked
     }
@@ -388,6 +394,18 @@ impl<W: Worker> LaneRunner<W> {
                 }
                 drop(done);
             }
+            Command::Log { log, done } => {
+                self.log = log;
+                (0..self.rings.len()).for_each(|at| self.renew_log(at));
+                drop(done);
+            }
+            Command::LogRing { queue, device, done } => {
+                if let Some(at) = self.find(queue) {
+                    self.rings[at].logged = device;
+                    self.renew_log(at);
+                }
+                done.complete(());
+            }
             Command::Kick(queue) => {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].ready = true;
@@ -424,8 +442,17 @@ impl<W: Worker> LaneRunner<W> {
         ring.stopped();
         ring.kick = kick;
         ring.call = call;
+        self.renew_log(at);
         self.regate(at);
         Ok(())
+    }
+
+    /// The log, or what of the ring is logged, has changed.
+    fn renew_log(&mut self, at: usize) {
+        let (log, device) = (self.log.clone(), self.rings[at].logged);
+        if let Some(queue) = self.queue(at) {
+            queue.set_log(log, device);
+        }
     }
 
     fn find(&self, queue: u16) -> Option<usize> {

@@ -2,7 +2,7 @@
 use crate::device::Stop;
 use crate::lane::command::WaitFor;
 use crate::ticket::Completer;
-use crate::{GuestRam, QueueError, QueueState};
+use crate::{GuestAddress, GuestRam, QueueError, QueueState};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::io;
 use std::sync::Arc;
@@ -118,6 +118,8 @@ pub(super) struct Ring {
     pub(super) kick: Kick,
     pub(super) call: Call,
     pub(super) enabled: bool,
+    /// Where its Device Area is for the log of dirty pages.
+    pub(super) logged: Option<GuestAddress>,
     /// The driver broke the ring's rules.
     pub(super) faulted: bool,
     /// To be served in this turn.
@@ -136,6 +138,7 @@ impl Ring {
             kick: Kick::Manual,
             call: None,
             enabled: false,
+            logged: None,
             faulted: false,
             ready: false,
             armed: false,
@@ -147,7 +150,8 @@ impl Ring {
     /// Back to the state before the queue was started. What the front-end set beside the ring (enable, call) stays:
     /// vhost-user keeps it over a stop.
     pub(super) fn stopped(&mut self) {
-        let Ring { index: _, kick, call: _, enabled: _, faulted, ready, armed, stopping, moving } = self;
+        let Ring { index: _, kick, call: _, enabled: _, logged: _, faulted, ready, armed, stopping, moving } =
+            self;
         *kick = Kick::Manual;
         *faulted = false;
         *ready = false;

@@ -94,6 +94,7 @@ impl<W: Worker> LaneRunner<W> {
                 if queue.publish() && stopping.how == Stop::Drain {
                     self.signal(at);
                 }
+                queue.signal_log();
                 queue.into_state()
             }
             None => QueueState::default(),
@@ -122,6 +123,7 @@ impl<W: Worker> LaneRunner<W> {
             // A reset disables every ring; the files of the front-end go with it.
             ring.enabled = false;
             ring.call = None;
+            ring.logged = None;
         }
         check_in.meeting.arrive(self.index, worker, check_in.stuck);
     }

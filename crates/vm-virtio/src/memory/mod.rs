@@ -11,10 +11,12 @@
 //! | `buf.rs` | memory that a payload names: owns its snapshot |
 //! | `copy.rs` | the volatile copies |
 //! | `poison.rs` | memory whose file was truncated |
+//! | `dirty_log.rs` | which pages a device has written |
 //! | `shared.rs` | memory that is shared beside the guest's |
 mod buf;
 mod copy;
 mod directory;
+mod dirty_log;
 mod poison;
 mod segment;
 mod shared;
@@ -30,6 +32,7 @@ pub use buf::GuestBuf;
 pub(crate) use copy::{copy, load_u64};
 pub(crate) use directory::Directory;
 use directory::Region;
+pub use dirty_log::{DirtyLog, LOG_PAGE};
 pub use poison::Poison;
 pub use segment::{Segment, Segs, iovecs};
 pub use shared::SharedMemory;

@@ -107,8 +107,8 @@ pub enum QueueError {
     /// The chains that are out together have more elements than this implementation keeps (2.7.4.1 allows a limit).
     #[error("too many elements in the chains that are out")]
     OutOfSegments,
-    /// A file behind guest memory was truncated: what the rings and buffers hold is void (failure policy 6).
-    #[error("guest memory was lost: a file behind it was truncated")]
+    /// A file behind guest memory, or behind its log, was truncated: what they hold is void (failure policy 6).
+    #[error("guest memory or its log was lost: a file behind it was truncated")]
     Poisoned,
 }
 

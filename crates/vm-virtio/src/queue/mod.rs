@@ -17,6 +17,7 @@
 //! | `gather.rs`, `indirect.rs` | one chain while it is popped |
 //! | `arena/`, `segment_pool.rs`, `chain.rs` | popped chains and their handles |
 //! | `in_order.rs` | completions that are held back |
+//! | `log.rs` | what is marked in the log of dirty pages |
 //! | `rw.rs` | reading and writing a chain's bytes |
 //! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
 mod arena;
@@ -26,6 +27,7 @@ mod error;
 mod gather;
 mod in_order;
 mod indirect;
+mod log;
 mod packed;
 mod restore;
 mod ring_mem;
@@ -41,6 +43,7 @@ use crate::Features;
 use crate::memory::{GuestRam, Segment};
 use arena::{Arena, Mark};
 use in_order::{InOrder, Run};
+use log::QueueLog;
 use packed::Packed;
 use split::Split;
 use std::cell::Cell;
@@ -100,6 +103,9 @@ pub struct Queue {
     ring: Ring,
     arena: Arena,
     in_order: Option<Box<InOrder>>,
+    log: Option<Box<QueueLog>>,
+    /// Completions take the long way: for their order, or because of the log.
+    slowly: bool,
     size: u16,
     closed: bool,
     /// Dropped chains are not given back any more.
@@ -150,7 +156,9 @@ impl Queue {
             limit: 0,
             ring,
             arena: Arena::new(config.size, ram.clone()),
+            slowly: in_order.is_some(),
             in_order,
+            log: None,
             size: config.size,
             closed: false,
             given_up: false,
@@ -179,7 +187,7 @@ impl Queue {
             Ring::Split(ring) => ring.pop(&self.arena),
             Ring::Packed(ring) => ring.pop(&self.arena),
         };
-        if chain.is_none() || self.in_order.is_some() {
+        if chain.is_none() || self.slowly {
             return self.popped(chain);
         }
         chain
@@ -222,7 +230,7 @@ impl Queue {
         if written != told {
             self.counters.clamped += 1;
         }
-        if self.in_order.is_some() || self.arena.is_old(slot) {
+        if self.slowly || self.arena.is_old(slot) {
             let slot = self.arena.index_of(slot);
             return self.complete_slowly(slot, written);
         }
@@ -251,6 +259,7 @@ impl Queue {
 
     fn give_up_slot(&mut self, slot: u32) {
         self.counters.discarded += 1;
+        self.log_chain(slot);
         if self.in_order.is_none() {
             self.release(slot);
         } else if let Some(slot) = self.arena.at(slot) {
@@ -338,13 +347,35 @@ impl Queue {
         if self.arena.has_dropped() {
             self.sweep();
         }
+        if self.slowly {
+            return self.publish_slowly();
+        }
+        self.publish_ring()
+    }
+
+    #[inline(never)]
+    fn publish_slowly(&mut self) -> bool {
         if let Some(run) = self.in_order.as_mut().and_then(|in_order| in_order.flush()) {
             self.put_run(run);
         }
+        let before = self.positions().1;
+        let wanted = self.publish_ring();
+        if self.positions().1 != before {
+            self.log_rings();
+        }
+        wanted
+    }
+
+    #[inline(always)]
+    fn publish_ring(&mut self) -> bool {
         match &mut self.ring {
             Ring::Split(ring) => ring.publish(),
             Ring::Packed(ring) => ring.publish(),
         }
+    }
+
+    fn choose_way(&mut self) {
+        self.slowly = self.in_order.is_some() || self.log.is_some();
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
@@ -355,10 +386,14 @@ impl Queue {
             self.disarm();
             return false;
         }
-        match &mut self.ring {
+        let more = match &mut self.ring {
             Ring::Split(ring) => ring.arm(),
             Ring::Packed(ring) => ring.arm(),
+        };
+        if self.slowly {
+            self.log_rings();
         }
+        more
     }
 
     /// For the lane runtime, while it looks by itself: asks the driver for no kicks. It may send some all the same.
@@ -367,6 +402,9 @@ impl Queue {
         match &mut self.ring {
             Ring::Split(ring) => ring.disarm(),
             Ring::Packed(ring) => ring.disarm(),
+        }
+        if self.slowly {
+            self.log_rings();
         }
     }
 
@@ -454,14 +492,16 @@ impl Queue {
             Ring::Packed(ring) => ring.set_areas(&areas),
         }
         self.arena.set_ram(ram.clone());
+        self.renew_log();
         Ok(())
     }
 
-    /// For the lane runtime, once a turn: whether the guest's memory is still there. If not, the queue is faulted.
+    /// For the lane runtime, once a turn: whether the guest's memory, and the log of it, is still there. If not, the queue is
+    /// faulted.
     /// Memory of former snapshots does not matter: what a front-end has taken away it may also truncate.
     #[inline]
     pub fn check_memory(&mut self) -> bool {
-        if !self.arena.ram().is_poisoned() {
+        if !self.arena.ram().is_poisoned() && !self.log_is_lost() {
             return true;
         }
         self.latch(QueueError::Poisoned);
@@ -514,6 +554,7 @@ impl Queue {
     /// Completes the chain of a slot whose handle has ended.
     #[inline(never)]
     fn complete_slowly(&mut self, slot: u32, written: u32) {
+        self.log_chain(slot);
         if self.in_order.is_none() {
             let Some(at) = self.arena.at(slot) else { return };
             let run = Run { id: at.id(), written, chains: 1, descs: at.descs() };

@@ -2,6 +2,8 @@
 //!
 //! The two never share a lock: a worker lives on the thread of its lane; the device is entered by the control side
 //! only. They meet when every queue is stopped ([`VirtioDevice::reset`]), and talk through mailboxes otherwise.
+use crate::controls::Controls;
+use crate::host_request::{HostError, HostReply, HostRequest};
 use crate::{ConfigSpace, DeviceType, Features, Queue, Status};
 use reactor::{Mail, Reactor, Readiness, Token};
 use std::fmt;
@@ -171,6 +173,19 @@ pub trait VirtioDevice: Send + 'static {
     /// decides which fields may change; by default none.
     fn write_config(&mut self, offset: u32, data: &[u8], by: ConfigWriter) {
         let _ = (offset, data, by);
+    }
+
+    /// What whoever operates the device can read, set and run. Called once.
+    fn controls(&self) -> Controls {
+        Controls::default()
+    }
+
+    /// The host wants something beyond virtio. Must not block: what a worker has to do goes through its mailbox. May
+    /// come at any time after [`VirtioDevice::workers`], whether or not a driver is there; control requests fit
+    /// [`VirtioDevice::controls`].
+    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
+        let _ = request;
+        Err(HostError::Unsupported)
     }
 
     /// Makes the workers, one per lane. Called once, before any other thread knows the device. `mail` holds the

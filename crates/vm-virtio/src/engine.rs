@@ -11,7 +11,9 @@
 //!  DRIVER_OK  fixed                        start, enable, stop        serve
 //!  -> 0       (ticket)                     discarded, then stopped    hand their workers to VirtioDevice::reset
 //! ```
+use crate::controls::Controls;
 use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
+use crate::host_request::{HostError, HostReply, HostRequest};
 use crate::lane::{
     Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, Shared,
     StartError, StopError, WaitFor,
@@ -92,6 +94,7 @@ struct Core<D: VirtioDevice> {
     offered: Features,
     specs: Vec<QueueSpec>,
     config: Arc<ConfigSpace>,
+    controls: Controls,
     control: Mutex<Control>,
     lanes: Vec<LaneHandle<D::Worker>>,
     shared: Arc<Shared>,
@@ -182,6 +185,7 @@ impl<D: VirtioDevice> Engine<D> {
         let core = Core {
             device_type: device.device_type(),
             config: device.config(),
+            controls: device.controls(),
             device: Mutex::new(device),
             offered,
             specs,
@@ -214,6 +218,11 @@ impl<D: VirtioDevice> Engine<D> {
     /// The configuration space.
     pub fn config(&self) -> &Arc<ConfigSpace> {
         &self.0.config
+    }
+
+    /// What can be read, set and run.
+    pub fn controls(&self) -> &Controls {
+        &self.0.controls
     }
 
     /// What went wrong since the device was made.
@@ -295,6 +304,15 @@ impl<D: VirtioDevice> Engine<D> {
         }
         self.enter_device("write_config", |device| device.write_config(offset, data, by));
         Ok(())
+    }
+
+    /// Asks the device for something beyond virtio. Control requests are checked against [`Engine::controls`] first.
+    pub fn host_request(&self, request: HostRequest) -> Result<HostReply, HostError> {
+        match &request {
+            HostRequest::Control(control) => self.0.controls.check(control)?,
+        }
+        self.enter_device("host_request", |device| device.host_request(request))
+            .unwrap_or(Err(HostError::Panicked))
     }
 
     /// Calls the device; a panic is its failure, not the caller's (failure policy 5).

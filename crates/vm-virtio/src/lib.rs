@@ -12,12 +12,15 @@
 //! | [`device`] | [`VirtioDevice`], [`Worker`]: what a device writes |
 //! | [`lane`] | [`LaneRunner`]: kicks, publishing, arming, budgets, faults of a set of queues |
 //! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
+//! | [`host_request`], [`controls`] | what a host asks of a device beyond virtio; properties and commands |
 //! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
 
 pub mod config;
+pub mod controls;
 pub mod device;
 pub mod engine;
 pub mod features;
+pub mod host_request;
 pub mod lane;
 pub mod memory;
 pub mod queue;
@@ -31,6 +34,7 @@ pub use device::{
 };
 pub use engine::{Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, QueueStart};
 pub use features::{DeviceType, Features};
+pub use host_request::{HostError, HostReply, HostRequest};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, DirtyLog, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};

@@ -93,6 +93,8 @@ impl<D: VirtioDevice> MemoryHostBuilder<D> {
     pub fn build(self) -> MemoryHost<D> {
         let events = Arc::new(Events::default());
         let mut options = EngineOptions::new(Arc::clone(&events) as Arc<dyn HostEvents>);
+        // The driver's side of each of them is in the tests that use it.
+        options.carried = Features::CARRIED;
         (self.tune)(&mut options);
         let (engine, lanes) = Engine::new(self.device, options).expect("a device that the engine takes");
         let offered = engine.offered();

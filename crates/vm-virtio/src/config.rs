@@ -20,6 +20,8 @@ pub enum ConfigError {
 struct Inner {
     bytes: Vec<u8>,
     generation: u32,
+    /// While the driver must see no change (3.4.2): what the device has made of the bytes.
+    held: Option<Vec<u8>>,
 }
 
 /// Configuration bytes and the generation that tells a driver whether two reads belong together (2.5.2).
@@ -28,7 +30,7 @@ pub struct ConfigSpace(Mutex<Inner>);
 impl ConfigSpace {
     /// A space of these bytes, generation 0.
     pub fn new(bytes: Vec<u8>) -> Self {
-        ConfigSpace(Mutex::new(Inner { bytes, generation: 0 }))
+        ConfigSpace(Mutex::new(Inner { bytes, generation: 0, held: None }))
     }
 
     /// A space without a single byte: the device type has no configuration.
@@ -68,12 +70,16 @@ impl ConfigSpace {
         inner.generation
     }
 
-    /// Changes bytes; the generation moves if they differ. Returns whether they did.
+    /// Changes bytes; the generation moves if they differ. Returns whether they did. While the device is suspended by its
+    /// driver, readers see the change when it is resumed.
     pub fn set(&self, offset: u32, data: &[u8]) -> Result<bool, ConfigError> {
         let mut inner = self.lock();
         let size = inner.bytes.len();
         let start = offset as usize;
-        let slot = start.checked_add(data.len()).and_then(|end| inner.bytes.get_mut(start..end));
+        let Inner { bytes, held, .. } = &mut *inner;
+        let is_held = held.is_some();
+        let target = held.as_mut().unwrap_or(bytes);
+        let slot = start.checked_add(data.len()).and_then(|end| target.get_mut(start..end));
         let Some(slot) = slot else {
             return Err(ConfigError::OutOfRange { offset, len: data.len(), size });
         };
@@ -81,8 +87,31 @@ impl ConfigSpace {
             return Ok(false);
         }
         slot.copy_from_slice(data);
-        inner.generation = inner.generation.wrapping_add(1);
+        if !is_held {
+            inner.generation = inner.generation.wrapping_add(1);
+        }
         Ok(true)
+    }
+
+    /// Readers see no change from here on (3.4.2).
+    pub(crate) fn hold(&self) {
+        let mut inner = self.lock();
+        if inner.held.is_none() {
+            inner.held = Some(inner.bytes.clone());
+        }
+    }
+
+    /// Ends [`Self::hold`]. Returns whether something changed meanwhile.
+    pub(crate) fn release(&self) -> bool {
+        let mut inner = self.lock();
+        match inner.held.take() {
+            Some(held) if held != inner.bytes => {
+                inner.bytes = held;
+                inner.generation = inner.generation.wrapping_add(1);
+                true
+            }
+            _ => false,
+        }
     }
 }
 

@@ -233,6 +233,24 @@ pub trait Worker: Send + 'static {
         let _ = (queue, how, lane);
     }
 
+    /// The device is being suspended: nothing is popped from here on. The lane comes to rest when no chain is out but
+    /// those that are [kept](Worker::keeps); then nothing else is called until the device is resumed, and
+    /// [`Worker::queue_ready`] follows for each queue that runs. Without anything of its own to do, a worker gives back
+    /// what it has, as when its queues are drained.
+    fn suspend(&mut self, lane: &mut Lane<'_>) {
+        let queues: Vec<u16> = lane.queues.iter().map(|(queue, _)| queue).collect();
+        for queue in queues {
+            self.queue_stop(queue, Stop::Drain, lane);
+        }
+    }
+
+    /// How many chains of the queue it keeps over a suspension: requests that wait for something and that nobody works
+    /// on. Each of them has to be in what [`VirtioDevice::save`] returns.
+    fn keeps(&self, queue: u16) -> usize {
+        let _ = queue;
+        0
+    }
+
     /// A file that the worker watches is ready.
     fn source_ready(
         &mut self,

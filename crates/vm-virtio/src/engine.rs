@@ -9,8 +9,13 @@
 //!  DRIVER     may be set                   not served
 //!  FEATURES_OK fixed                       may be started             know the rings, serve none
 //!  DRIVER_OK  fixed                        start, enable, stop        serve
+//!  SUSPEND    fixed                        finished, none served      at rest, DRIVER_OK is clear
 //!  -> 0       (ticket)                     discarded, then stopped    hand their workers to VirtioDevice::reset
 //! ```
+mod notification;
+mod reset_queue;
+mod suspend;
+
 use crate::controls::Controls;
 use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
 use crate::host_request::{HostError, HostReply, HostRequest};
@@ -31,6 +36,10 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use notification::Notification;
+pub use reset_queue::QueueResetError;
+pub use suspend::SuspendError;
+
 /// How long a stop or reset waits for chains unless the host says otherwise (failure policy 7).
 pub const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -41,6 +50,8 @@ pub const BUDGET: u32 = 256;
 pub struct EngineOptions {
     /// Features to withhold although the device or the core has them.
     pub without: Features,
+    /// What the host can carry of [`Features::CARRIED`]. Nothing else can be carried yet: no host has an admin queue.
+    pub carried: Features,
     /// Buffers that a queue may take per turn.
     pub budget: u32,
     /// Polling before a lane sleeps.
@@ -52,7 +63,13 @@ pub struct EngineOptions {
 impl EngineOptions {
     /// The defaults, with this listener.
     pub fn new(events: Arc<dyn HostEvents>) -> Self {
-        EngineOptions { without: Features::empty(), budget: BUDGET, spin: SpinPolicy::OFF, events }
+        EngineOptions {
+            without: Features::empty(),
+            carried: Features::empty(),
+            budget: BUDGET,
+            spin: SpinPolicy::OFF,
+            events,
+        }
     }
 }
 
@@ -86,6 +103,10 @@ struct Control {
     ram: GuestRam,
     /// Those who wait for the reset that is under way.
     resetting: Option<Vec<Completer<()>>>,
+    /// The suspension that the driver asked for and that is under way: its number and those who wait for it.
+    suspending: Option<(u64, Vec<Completer<()>>)>,
+    /// Suspensions that the driver asked for.
+    suspensions: u64,
 }
 
 struct Core<D: VirtioDevice> {
@@ -150,8 +171,14 @@ impl<D: VirtioDevice> Engine<D> {
                 (own & Features::NOT_A_DEVICES).bits()
             )));
         }
-        // 6.2: VERSION_1 must be offered, whatever is withheld.
-        let offered = ((own | Features::RING) - options.without) | Features::VERSION_1;
+        if let excess = options.carried - Features::CARRIED
+            && !excess.is_empty()
+        {
+            return Err(EngineError::Description(format!("nothing here serves {excess:?}")));
+        }
+        // 6.2: VERSION_1 must be offered, whatever is withheld. 2.2 gives bit 41 to devices, 6 to the admin queue.
+        let all = (own | Features::RING | options.carried) - Features::ADMIN_VQ;
+        let offered = (all - options.without) | Features::VERSION_1;
         let specs = device.queues(offered);
         let count = check_specs(&specs)?;
         let shared = Arc::new(Shared::new(options.events));
@@ -193,6 +220,8 @@ impl<D: VirtioDevice> Engine<D> {
                 driver: Features::empty(),
                 ram: GuestRam::empty(),
                 resetting: None,
+                suspending: None,
+                suspensions: 0,
             }),
             lanes,
             shared,
@@ -258,8 +287,9 @@ impl<D: VirtioDevice> Engine<D> {
     }
 
     /// The driver writes the status field: 0 resets, other bits are added (2.1.1: a driver clears none). FEATURES_OK
-    /// stays clear if the features are refused, DRIVER_OK without FEATURES_OK. When the ticket ends,
-    /// [`Engine::status`] tells what became of it.
+    /// stays clear if the features are refused, DRIVER_OK without FEATURES_OK. SUSPEND on a live device suspends it, if
+    /// that was negotiated, and DRIVER_OK on a suspended one resumes it (3.4). When the ticket ends, [`Engine::status`]
+    /// tells what became of it.
     pub fn set_status(&self, status: Status) -> Ticket<()> {
         if status.is_empty() {
             return self.reset();
@@ -269,6 +299,17 @@ impl<D: VirtioDevice> Engine<D> {
         let mut new = status - old - Status::DEVICE_NEEDS_RESET - Status::SUSPEND;
         if control.resetting.is_some() {
             return Ticket::ready(());
+        }
+        if old.contains(Status::SUSPEND) {
+            self.0.shared.add_status(new - Status::DRIVER_OK);
+            let resumes = status.contains(Status::DRIVER_OK);
+            return if resumes { self.resume_for_driver(control) } else { Ticket::ready(()) };
+        }
+        // 3.4.2: before the device is initialised, SUSPEND is ignored.
+        let may_suspend = old.contains(Status::DRIVER_OK) && control.driver.contains(Features::SUSPEND);
+        if status.contains(Status::SUSPEND) && may_suspend {
+            self.0.shared.add_status(new);
+            return self.suspend_for_driver(control);
         }
         if new.contains(Status::FEATURES_OK) && !self.accepts(control.driver) {
             new -= Status::FEATURES_OK;
@@ -301,6 +342,10 @@ impl<D: VirtioDevice> Engine<D> {
         let end = (offset as usize).checked_add(data.len());
         if end.is_none_or(|end| end > size) {
             return Err(ConfigError::OutOfRange { offset, len: data.len(), size });
+        }
+        // 3.4.2: a suspended device ignores its driver.
+        if by == ConfigWriter::Driver && self.0.shared.status().contains(Status::SUSPEND) {
+            return Ok(());
         }
         self.enter_device("write_config", |device| device.write_config(offset, data, by));
         Ok(())
@@ -450,13 +495,16 @@ impl<D: VirtioDevice> Engine<D> {
             return ticket;
         }
         control.resetting = Some(vec![done]);
+        let overtaken = control.suspending.take();
         // A lane that is gone ends the reset at once, in `ResetOver`, which takes the lock.
         drop(control);
+        drop(overtaken);
         let core = self.0.clone();
         let agenda = move |workers: &mut [D::Worker], stuck: bool| {
             // If the device panics half-way, this is what remains.
             let mut outcome = Outcome { shared: &core.shared, status: Status::DEVICE_NEEDS_RESET };
             lock(&core.device).reset(workers);
+            core.config.release();
             lock(&core.control).driver = Features::empty();
             if !stuck {
                 outcome.status = Status::empty();

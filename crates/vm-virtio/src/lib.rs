@@ -32,7 +32,10 @@ pub use device::{
     ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice,
     Worker,
 };
-pub use engine::{Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, QueueStart};
+pub use engine::{
+    Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, Notification, QueueResetError,
+    QueueStart, SuspendError,
+};
 pub use features::{DeviceType, Features};
 pub use host_request::{HostError, HostReply, HostRequest};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};

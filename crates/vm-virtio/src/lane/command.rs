@@ -1,7 +1,8 @@
 //! What the engine tells a lane, and where workers meet the device.
 use crate::device::{Session, Stop, Worker};
-use crate::lane::Call;
-use crate::lane::{Interrupt, Kick, StartError, StopError};
+use crate::engine::QueueResetError;
+use crate::lane::suspend::{By, Gathering};
+use crate::lane::{Call, Interrupt, Kick, StartError, StopError};
 use crate::ticket::Completer;
 use crate::{DirtyLog, GuestAddress, GuestRam, Queue, QueueState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,6 +43,22 @@ pub(crate) enum Command<W: Worker> {
         how: Stop,
         deadline: Instant,
         done: Completer<Result<QueueState, StopError>>,
+    },
+    /// One queue by itself (2.6.1).
+    ResetQueue {
+        queue: u16,
+        deadline: Instant,
+        done: Completer<Result<(), QueueResetError>>,
+    },
+    /// Come to rest, and let go of `done` then.
+    Suspend {
+        by: By,
+        deadline: Instant,
+        done: Arc<Gathering>,
+    },
+    Resume {
+        by: By,
+        done: Arc<Completer<()>>,
     },
     /// Complete when the last holder of `done` is gone.
     Memory {

@@ -14,10 +14,12 @@
 mod command;
 mod ring;
 mod stop;
+mod suspend;
 
 pub use command::WaitFor;
 pub(crate) use command::{Command, LaneHandle, Meeting};
 pub use ring::{Call, EventFd, Interrupt, Kick, StartError, StopError};
+pub(crate) use suspend::{By, Gathering};
 
 use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
 use crate::{DirtyLog, GuestRam, Queue, Status};
@@ -41,6 +43,7 @@ pub(crate) const MAILBOX: usize = 256;
 const ORDERS: Token = Token::host(0x1_0000);
 const MAIL: Token = Token::host(0x1_0001);
 const DEADLINE: Token = Token::host(0x1_0002);
+const PAUSE_DEADLINE: Token = Token::host(0x1_0003);
 
 /// What went wrong so far; never reset. Failure policy 8: every failure is counted.
 #[derive(Debug, Default)]
@@ -78,6 +81,12 @@ impl Shared {
         self.status.fetch_or(bits.bits(), Ordering::SeqCst);
     }
 
+    /// Adds and takes bits away at once.
+    pub(crate) fn change_status(&self, add: Status, remove: Status) {
+        let change = |status: u8| Some((status | add.bits()) & !remove.bits());
+        let _ = self.status.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+    }
+
     /// 2.1.2: an unrecoverable error sets DEVICE_NEEDS_RESET, and the driver is told.
     pub(crate) fn needs_reset(&self, reason: String) {
         self.add_status(Status::DEVICE_NEEDS_RESET);
@@ -112,6 +121,7 @@ pub struct LaneRunner<W: Worker> {
     called: bool,
     mail_waiting: bool,
     check_in: Option<stop::CheckIn<W>>,
+    pause: suspend::Pause,
     running: bool,
 }
 
@@ -152,6 +162,7 @@ impl<W: Worker> LaneRunner<W> {
             called: false,
             mail_waiting: false,
             check_in: None,
+            pause: suspend::Pause::default(),
             running: true,
         })
     }
@@ -199,7 +210,7 @@ impl<W: Worker> LaneRunner<W> {
             self.obey(order);
             worked = true;
         }
-        if self.mail_waiting && !self.failed {
+        if self.mail_waiting && !self.failed && !self.at_rest() {
             self.read_mail();
             worked = true;
         }
@@ -208,10 +219,13 @@ impl<W: Worker> LaneRunner<W> {
             self.enter(|worker, lane| worker.flush(lane));
         }
         self.renew();
-        self.publish();
+        if !self.at_rest() {
+            self.publish();
+        }
         self.find_faults();
         self.progress_moves();
         self.progress_stops();
+        self.progress_pause();
         if self.spinner.is_none() {
             self.arm();
         }
@@ -224,14 +238,15 @@ impl<W: Worker> LaneRunner<W> {
     /// Something is left to do without waiting.
     fn pending(&self) -> bool {
         // A failed worker reads no mail: it waits for the reset.
-        self.mail_waiting && self.worker.is_some() && !self.failed || self.rings.iter().any(|ring| ring.ready)
+        self.mail_waiting && self.worker.is_some() && !self.failed && !self.at_rest()
+            || self.rings.iter().any(|ring| ring.ready)
     }
 
     /// Waits until there is something to do. None: the worker is away, there is nothing to do but to wait for it.
     fn collect(&mut self, timeout: Option<Duration>) -> Option<bool> {
         self.worker.as_ref()?;
-        if self.failed {
-            // Only orders matter to a failed lane, and its worker's files may be ready for ever.
+        if self.failed || self.at_rest() {
+            // Only orders matter to a failed or suspended lane, and its worker's files may be ready for ever.
             return Some(self.wait_for_order(timeout));
         }
         let mut timeout = timeout;
@@ -373,13 +388,21 @@ impl<W: Worker> LaneRunner<W> {
                     self.rings[at].call = call;
                     // What was published for the old file may have gone unheard: better one interrupt too many.
                     // Also while the ring is disabled: it completes what is out.
-                    if self.live && self.queue(at).is_some() {
+                    if self.pause.asked() {
+                        self.rings[at].unheard = true;
+                    } else if self.live && self.queue(at).is_some() {
                         self.signal(at);
                     }
                 }
                 done.complete(());
             }
             Command::Stop { queue, how, deadline, done } => self.begin_stop(queue, how, deadline, done),
+            Command::ResetQueue { queue, deadline, done } => self.begin_reset_queue(queue, deadline, done),
+            Command::Suspend { by, deadline, done } => self.suspend(by, deadline, done),
+            Command::Resume { by, done } => {
+                self.resume(by);
+                drop(done);
+            }
             Command::Memory { ram, wait, done } => {
                 for at in 0..self.rings.len() {
                     self.move_to(at, &ram, wait, &done);
@@ -467,6 +490,7 @@ impl<W: Worker> LaneRunner<W> {
     fn serves(&self, at: usize) -> bool {
         self.live
             && !self.failed
+            && !self.pause.asked()
             && self.rings.get(at).is_some_and(Ring::may_serve)
             && self.queues.slots.get(at).is_some_and(|(_, queue)| queue.is_some())
     }

@@ -1,5 +1,6 @@
 //! What a lane knows of one queue beside the queue itself, and the types of its life cycle.
 use crate::device::Stop;
+use crate::engine::QueueResetError;
 use crate::lane::command::WaitFor;
 use crate::ticket::Completer;
 use crate::{GuestAddress, GuestRam, QueueError, QueueState};
@@ -109,8 +110,17 @@ pub enum StopError {
 pub(super) struct Stopping {
     pub(super) how: Stop,
     pub(super) deadline: Instant,
-    /// None: the stop is part of a reset.
-    pub(super) done: Option<Completer<Result<QueueState, StopError>>>,
+    pub(super) asked: Asked,
+}
+
+/// Who asked for a stop.
+pub(super) enum Asked {
+    /// The host, who wants to know where it ended.
+    Host(Completer<Result<QueueState, StopError>>),
+    /// The driver, who resets this queue.
+    Driver(Completer<Result<(), QueueResetError>>),
+    /// Nobody: it is part of the device's reset.
+    Reset,
 }
 
 pub(super) struct Ring {
@@ -126,6 +136,8 @@ pub(super) struct Ring {
     pub(super) ready: bool,
     /// Kicks are asked for.
     pub(super) armed: bool,
+    /// The interrupt was exchanged while the lane was suspended: one is due when it is resumed.
+    pub(super) unheard: bool,
     pub(super) stopping: Option<Stopping>,
     /// A memory change that waits for the old chains.
     pub(super) moving: Option<(GuestRam, Arc<Completer<()>>)>,
@@ -142,6 +154,7 @@ impl Ring {
             faulted: false,
             ready: false,
             armed: false,
+            unheard: false,
             stopping: None,
             moving: None,
         }
@@ -150,14 +163,33 @@ impl Ring {
     /// Back to the state before the queue was started. What the front-end set beside the ring (enable, call) stays:
     /// vhost-user keeps it over a stop.
     pub(super) fn stopped(&mut self) {
-        let Ring { index: _, kick, call: _, enabled: _, logged: _, faulted, ready, armed, stopping, moving } =
-            self;
+        let Ring {
+            index: _,
+            kick,
+            call: _,
+            enabled: _,
+            logged: _,
+            faulted,
+            ready,
+            armed,
+            unheard,
+            stopping,
+            moving,
+        } = self;
         *kick = Kick::Manual;
         *faulted = false;
         *ready = false;
         *armed = false;
+        *unheard = false;
         *stopping = None;
         *moving = None;
+    }
+
+    /// What the driver or front-end set beside the ring goes in a reset.
+    pub(super) fn forget_driver(&mut self) {
+        self.enabled = false;
+        self.call = None;
+        self.logged = None;
     }
 
     /// Whether nothing but the device's state keeps the ring from being served.

@@ -1,9 +1,10 @@
 //! How queues stop: draining, discarding, deadlines, and the check-in of the worker before a reset.
 use super::command::Meeting;
-use super::ring::{Kick, Stopping};
+use super::ring::{Asked, Kick, Stopping};
 use super::{DEADLINE, LaneRunner, StopError};
 use crate::QueueState;
 use crate::device::{Stop, Worker};
+use crate::engine::QueueResetError;
 use crate::ticket::Completer;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,9 +28,28 @@ impl<W: Worker> LaneRunner<W> {
         match started {
             // A second stop while the first is under way has nothing of its own to wait for.
             Some(at) if self.rings[at].stopping.is_none() => {
-                self.stop_ring(at, Stopping { how, deadline, done: Some(done) });
+                self.stop_ring(at, Stopping { how, deadline, asked: Asked::Host(done) });
             }
             _ => done.complete(Err(StopError::NotStarted(number))),
+        }
+    }
+
+    /// 2.6.1: one queue goes, as if the device had been reset for it alone.
+    pub(super) fn begin_reset_queue(
+        &mut self,
+        number: u16,
+        deadline: Instant,
+        done: Completer<Result<(), QueueResetError>>,
+    ) {
+        let Some(at) = self.find(number) else { return };
+        self.rings[at].enabled = false;
+        if self.rings[at].stopping.is_some() {
+            done.complete(Err(QueueResetError::Stopping));
+        } else if self.queue(at).is_some() {
+            self.stop_ring(at, Stopping { how: Stop::Discard, deadline, asked: Asked::Driver(done) });
+        } else {
+            self.rings[at].forget_driver();
+            done.complete(Ok(()));
         }
     }
 
@@ -48,6 +68,7 @@ impl<W: Worker> LaneRunner<W> {
     /// The lane gives up all its queues and then its worker.
     pub(super) fn begin_check_in(&mut self, meeting: Arc<Meeting<W>>, deadline: Instant) {
         self.live = false;
+        self.pause.reset();
         for at in 0..self.rings.len() {
             if self.queue(at).is_none() {
                 continue;
@@ -55,7 +76,7 @@ impl<W: Worker> LaneRunner<W> {
             match self.rings[at].stopping.as_mut() {
                 // A drain that a reset overtakes: whoever waits for it gets what there is.
                 Some(stopping) => stopping.deadline = stopping.deadline.min(deadline),
-                None => self.stop_ring(at, Stopping { how: Stop::Discard, deadline, done: None }),
+                None => self.stop_ring(at, Stopping { how: Stop::Discard, deadline, asked: Asked::Reset }),
             }
         }
         self.check_in = Some(CheckIn { meeting, stuck: false });
@@ -109,8 +130,13 @@ impl<W: Worker> LaneRunner<W> {
                 check_in.stuck |= !self.failed;
             }
         }
-        if let Some(done) = stopping.done {
-            done.complete(if idle { Ok(state) } else { Err(StopError::Stuck(state)) });
+        match stopping.asked {
+            Asked::Host(done) => done.complete(if idle { Ok(state) } else { Err(StopError::Stuck(state)) }),
+            Asked::Driver(done) => {
+                self.rings[at].forget_driver();
+                done.complete(if idle { Ok(()) } else { Err(QueueResetError::Stuck) });
+            }
+            Asked::Reset => {}
         }
     }
 
@@ -121,9 +147,7 @@ impl<W: Worker> LaneRunner<W> {
         let (Some(check_in), Some(worker)) = (self.check_in.take(), self.worker.take()) else { return };
         for ring in &mut self.rings {
             // A reset disables every ring; the files of the front-end go with it.
-            ring.enabled = false;
-            ring.call = None;
-            ring.logged = None;
+            ring.forget_driver();
         }
         check_in.meeting.arrive(self.index, worker, check_in.stuck);
     }

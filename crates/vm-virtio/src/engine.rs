@@ -20,8 +20,8 @@ use crate::controls::Controls;
 use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
 use crate::host_request::{HostError, HostReply, HostRequest};
 use crate::lane::{
-    Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, Shared,
-    StartError, StopError, WaitFor,
+    Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, QueueStats,
+    QueueTotals, Shared, StartError, StopError, WaitFor,
 };
 use crate::ticket::{Completer, Ticket, ticket};
 use crate::{
@@ -118,6 +118,8 @@ struct Core<D: VirtioDevice> {
     controls: Controls,
     control: Mutex<Control>,
     lanes: Vec<LaneHandle<D::Worker>>,
+    /// Of each queue.
+    totals: Vec<Arc<QueueTotals>>,
     shared: Arc<Shared>,
 }
 
@@ -189,14 +191,15 @@ impl<D: VirtioDevice> Engine<D> {
         if workers.len() != usize::from(count) {
             return Err(EngineError::Description(format!("{} workers for {count} lanes", workers.len())));
         }
+        let totals: Vec<_> = specs.iter().map(|_| Arc::<QueueTotals>::default()).collect();
         let mut lanes = Vec::new();
         let mut runners = Vec::new();
         for ((index, worker), mail) in (0..count).zip(workers).zip(inboxes) {
             let (commands, orders) = channel();
             let waker = Waker::new()?;
             lanes.push(LaneHandle { commands, waker: waker.clone() });
-            let queues =
-                (0..).zip(&specs).filter(|(_, spec)| spec.lane == index).map(|(queue, _)| queue).collect();
+            let queues = (0..).zip(specs.iter().zip(&totals)).filter(|(_, (spec, _))| spec.lane == index);
+            let queues = queues.map(|(queue, (_, totals))| (queue, totals.clone())).collect();
             runners.push(LaneRunner::new(LaneParts {
                 index,
                 queues,
@@ -224,6 +227,7 @@ impl<D: VirtioDevice> Engine<D> {
                 suspensions: 0,
             }),
             lanes,
+            totals,
             shared,
         };
         Ok((Engine(Arc::new(core)), runners))
@@ -257,6 +261,11 @@ impl<D: VirtioDevice> Engine<D> {
     /// What went wrong since the device was made.
     pub fn failures(&self) -> &FailureCounters {
         &self.0.shared.failures
+    }
+
+    /// What happened on a queue since the device was made; none if there is no such queue.
+    pub fn stats(&self, queue: u16) -> Option<QueueStats> {
+        Some(self.0.totals.get(usize::from(queue))?.stats())
     }
 
     /// The driver's features.

@@ -15,11 +15,14 @@ mod command;
 mod ring;
 mod stop;
 mod suspend;
+mod tally;
 
 pub use command::WaitFor;
 pub(crate) use command::{Command, LaneHandle, Meeting};
 pub use ring::{Call, EventFd, Interrupt, Kick, StartError, StopError};
 pub(crate) use suspend::{By, Gathering};
+pub(crate) use tally::QueueTotals;
+pub use tally::{LATENCY_BUCKETS, Latency, QueueStats};
 
 use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
 use crate::{DirtyLog, GuestRam, Queue, Status};
@@ -128,7 +131,8 @@ pub struct LaneRunner<W: Worker> {
 /// What the engine gives a lane when it makes it.
 pub(crate) struct LaneParts<W: Worker> {
     pub(crate) index: u16,
-    pub(crate) queues: Vec<u16>,
+    /// Each with its totals.
+    pub(crate) queues: Vec<(u16, Arc<QueueTotals>)>,
     pub(crate) orders: Receiver<Command<W>>,
     pub(crate) waker: reactor::Waker,
     pub(crate) mail: Inbox<W::Msg>,
@@ -149,8 +153,8 @@ impl<W: Worker> LaneRunner<W> {
             orders: parts.orders,
             mail: parts.mail,
             worker: Some(parts.worker),
-            queues: Queues { slots: parts.queues.iter().map(|queue| (*queue, None)).collect() },
-            rings: parts.queues.iter().map(|queue| Ring::new(*queue)).collect(),
+            queues: Queues { slots: parts.queues.iter().map(|(queue, _)| (*queue, None)).collect() },
+            rings: parts.queues.iter().map(|(queue, totals)| Ring::new(*queue, totals.clone())).collect(),
             up: Upcall { shared: parts.shared },
             log: None,
             waker: parts.waker,
@@ -340,6 +344,7 @@ impl<W: Worker> LaneRunner<W> {
                 if let Some(ring) = self.rings.iter_mut().find(|ring| u32::from(ring.index) == token.number())
                 {
                     ring.ready = true;
+                    ring.tally.kicked();
                 }
                 true
             }
@@ -432,6 +437,7 @@ impl<W: Worker> LaneRunner<W> {
             Command::Kick(queue) => {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].ready = true;
+                    self.rings[at].tally.kicked();
                 }
             }
             Command::Signal { interrupt, done } => {
@@ -516,6 +522,7 @@ impl<W: Worker> LaneRunner<W> {
             let budget = self.budget;
             let armed = std::mem::take(&mut self.rings[at].armed);
             let number = self.rings[at].index;
+            self.rings[at].tally.begin();
             if let Some(queue) = self.queue(at) {
                 queue.set_budget(budget);
                 if armed {
@@ -543,12 +550,18 @@ impl<W: Worker> LaneRunner<W> {
             if self.queue(at).is_some_and(|queue| queue.publish()) {
                 self.signal(at);
             }
+            if let (Some((_, Some(queue))), Some(ring)) = (self.queues.slots.get(at), self.rings.get_mut(at))
+            {
+                ring.tally.count(queue);
+            }
         }
     }
 
     fn signal(&self, at: usize) {
-        if let Some(call) = self.rings.get(at).and_then(|ring| ring.call.as_ref()) {
+        let Some(ring) = self.rings.get(at) else { return };
+        if let Some(call) = &ring.call {
             call.signal();
+            ring.tally.interrupted();
         }
     }
 
@@ -568,6 +581,7 @@ impl<W: Worker> LaneRunner<W> {
     fn fault(&mut self, at: usize, error: crate::QueueError) {
         let queue = self.rings[at].index;
         self.rings[at].faulted = true;
+        self.rings[at].tally.faulted();
         self.regate(at);
         self.unwatch_kick(at);
         let shared = &self.up.shared;

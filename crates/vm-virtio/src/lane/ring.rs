@@ -2,6 +2,7 @@
 use crate::device::Stop;
 use crate::engine::QueueResetError;
 use crate::lane::command::WaitFor;
+use crate::lane::tally::{QueueTotals, Tally};
 use crate::ticket::Completer;
 use crate::{GuestAddress, GuestRam, QueueError, QueueState};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -141,10 +142,11 @@ pub(super) struct Ring {
     pub(super) stopping: Option<Stopping>,
     /// A memory change that waits for the old chains.
     pub(super) moving: Option<(GuestRam, Arc<Completer<()>>)>,
+    pub(super) tally: Tally,
 }
 
 impl Ring {
-    pub(super) fn new(index: u16) -> Self {
+    pub(super) fn new(index: u16, totals: Arc<QueueTotals>) -> Self {
         Ring {
             index,
             kick: Kick::Manual,
@@ -157,11 +159,12 @@ impl Ring {
             unheard: false,
             stopping: None,
             moving: None,
+            tally: Tally::new(totals),
         }
     }
 
     /// Back to the state before the queue was started. What the front-end set beside the ring (enable, call) stays:
-    /// vhost-user keeps it over a stop.
+    /// vhost-user keeps it over a stop. So do totals.
     pub(super) fn stopped(&mut self) {
         let Ring {
             index: _,
@@ -175,6 +178,7 @@ impl Ring {
             unheard,
             stopping,
             moving,
+            tally: _,
         } = self;
         *kick = Kick::Manual;
         *faulted = false;

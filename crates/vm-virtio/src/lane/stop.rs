@@ -116,6 +116,7 @@ impl<W: Worker> LaneRunner<W> {
                     self.signal(at);
                 }
                 queue.signal_log();
+                self.rings[at].tally.stopped(&queue);
                 queue.into_state()
             }
             None => QueueState::default(),

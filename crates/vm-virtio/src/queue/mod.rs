@@ -20,9 +20,11 @@
 //! | `log.rs` | what is marked in the log of dirty pages |
 //! | `rw.rs` | reading and writing a chain's bytes |
 //! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
+//! | `counters.rs` | what happened on it |
 mod arena;
 mod chain;
 mod config;
+mod counters;
 mod error;
 mod gather;
 mod in_order;
@@ -50,6 +52,7 @@ use std::cell::Cell;
 
 pub use chain::{Chain, ChainId};
 pub use config::{MAX_QUEUE_SIZE, QueueConfig};
+pub use counters::QueueCounters;
 pub use error::{QueueArea, QueueError};
 pub use rw::{Reader, ShortChain, Writer};
 pub use state::{HeldChain, QueueState, RingPos};
@@ -77,23 +80,6 @@ struct Negotiated {
 enum Ring {
     Split(Split),
     Packed(Packed),
-}
-
-/// What happened on a queue since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueCounters {
-    /// Chains popped; those that were put back do not count.
-    pub popped: u64,
-    /// Chains given back to the driver.
-    pub completed: u64,
-    /// Of those: chains that the device dropped, given back with length 0.
-    pub swept: u64,
-    /// Chains given up without a used entry.
-    pub discarded: u64,
-    /// Completions whose length was more than the chain has room for: errors of the device, cut to the room.
-    pub clamped: u64,
-    /// Chains of other queues that were refused.
-    pub foreign: u64,
 }
 
 /// A virtqueue.
@@ -230,6 +216,8 @@ impl Queue {
         if written != told {
             self.counters.clamped += 1;
         }
+        self.counters.bytes_written += u64::from(written);
+        self.counters.bytes_read += slot.readable_len();
         if self.slowly || self.arena.is_old(slot) {
             let slot = self.arena.index_of(slot);
             return self.complete_slowly(slot, written);
@@ -526,6 +514,21 @@ impl Queue {
     /// Where the queue is.
     pub fn config(&self) -> &QueueConfig {
         &self.config
+    }
+
+    /// The device answers a request that makes no sense (failure policy 2).
+    pub fn note_refused(&mut self) {
+        self.counters.refused += 1;
+    }
+
+    /// The device answers a request that its backend failed (failure policy 3).
+    pub fn note_failed(&mut self) {
+        self.counters.failed += 1;
+    }
+
+    /// As [`Self::outstanding`], with those that were dropped and not taken back yet.
+    pub(crate) fn out(&self) -> u64 {
+        self.arena.out() as u64
     }
 
     /// What happened so far.

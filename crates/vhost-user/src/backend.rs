@@ -4,14 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use zerocopy::FromBytes;
-
-use crate::body::{ConfigHeader, VringState};
+use crate::code::frontend_name;
 use crate::frame::{Direction, Frame, FrameReader};
 use crate::output::Output;
 use crate::reply::{Answer, ReplyTicket};
 use crate::request::FrontendRequest;
-use crate::rules::{Body, Gate, ReplyKind, rule};
+use crate::rules::{Gate, ReplyKind, frontend_rule};
 use crate::{Error, FrontendCode, ProtocolFeatures, Reason};
 
 /// The back-end's side of a vhost-user socket. Nothing in it sleeps: watch its descriptor for reading, and for writing
@@ -91,18 +89,20 @@ impl BackendEndpoint {
     /// [`Error::CannotFail`]: close the connection. [`Error::WrongAnswer`]: the caller's mistake. Others are of sending
     /// and end the connection.
     pub fn reply(&mut self, ticket: ReplyTicket, answer: Answer) -> Result<(), Error> {
-        let message = ticket.message(&answer, self.negotiated)?;
-        if let (Some(FrontendCode::GetProtocolFeatures), Answer::U64(bits)) =
-            (FrontendCode::from_code(ticket.code), &answer)
-        {
-            self.offered = ProtocolFeatures::from_bits_retain(*bits);
+        let offer = match (FrontendCode::from_code(ticket.code), &answer) {
+            (Some(FrontendCode::GetProtocolFeatures), Answer::U64(bits)) => Some(*bits),
+            _ => None,
+        };
+        let message = ticket.message(answer, self.negotiated)?;
+        if let Some(bits) = offer {
+            self.offered = ProtocolFeatures::from_bits_retain(bits);
         }
         if self.owed.is_some_and(|(id, _)| id == ticket.id) {
             self.owed = None;
         }
-        let Some(bytes) = message else { return Ok(()) };
+        let Some((bytes, fds)) = message else { return Ok(()) };
         // A reply that is lost would make the front-end take the next one for it.
-        self.output.push(bytes, Vec::new()).inspect_err(|_| self.frames.poison())?;
+        self.output.push(bytes, fds).inspect_err(|_| self.frames.poison())?;
         self.flush()
     }
 
@@ -135,10 +135,7 @@ impl BackendEndpoint {
 
     fn understand(&self, frame: Frame) -> Result<FrontendRequest, Reason> {
         let code = FrontendCode::from_code(frame.header.request).ok_or(Reason::Unknown)?;
-        let rule = rule(code);
-        if rule.body == Body::Untyped {
-            return Err(Reason::Unsupported);
-        }
+        let rule = frontend_rule(code);
         let (allowed, feature) = match rule.gate {
             Gate::Always => (true, ProtocolFeatures::empty()),
             Gate::Negotiated(feature) => (self.negotiated.contains(feature), feature),
@@ -147,31 +144,18 @@ impl BackendEndpoint {
         if !allowed {
             return Err(Reason::NotNegotiated(feature));
         }
-        FrontendRequest::parse(code, rule, frame)
+        FrontendRequest::parse(code, rule, self.negotiated, frame)
     }
 
     fn ticket(&mut self, frame: &Frame) -> ReplyTicket {
         let id = self.next_ticket;
         self.next_ticket = id.wrapping_add(1);
-        let kind =
-            FrontendCode::from_code(frame.header.request).map_or(ReplyKind::Ack, |code| rule(code).reply);
-        // Of a payload that turns out to be wrong nothing is repeated, because only a failure can be answered.
-        let config = match kind {
-            ReplyKind::Config => ConfigHeader::read_from_prefix(&frame.body).map(|(config, _)| config),
-            _ => Ok(ConfigHeader::default()),
+        let kind = match FrontendCode::from_code(frame.header.request).map(|code| frontend_rule(code).reply) {
+            Some(ReplyKind::Log) if !self.negotiated.contains(ProtocolFeatures::LOG_SHMFD) => ReplyKind::Ack,
+            Some(kind) => kind,
+            None => ReplyKind::Ack,
         };
-        let state = match kind {
-            ReplyKind::VringState => VringState::read_from_prefix(&frame.body).map(|(state, _)| state),
-            _ => Ok(VringState::default()),
-        };
-        ReplyTicket {
-            id,
-            code: frame.header.request,
-            kind,
-            need_reply: frame.header.needs_reply(),
-            config: config.unwrap_or_default(),
-            index: state.unwrap_or_default().index,
-        }
+        ReplyTicket::new(id, kind, frontend_name(frame.header.request), frame)
     }
 }
 

@@ -111,9 +111,12 @@ codes! {
     ShmemUnmap = 10 "SHMEM_UNMAP",
 }
 
+/// Stands for the name of a request that the document does not have.
+pub(crate) const UNKNOWN: &str = "an unknown request";
+
 /// The document's name of a front-end's request, for messages to people.
 pub(crate) fn frontend_name(code: u32) -> &'static str {
-    FrontendCode::from_code(code).map_or("an unknown request", FrontendCode::name)
+    FrontendCode::from_code(code).map_or(UNKNOWN, FrontendCode::name)
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ pub enum Error {
     },
     /// A complete message that breaks a rule. Its descriptors are closed. Answer with the ticket
     /// ([`Answer::Failed`](crate::Answer::Failed)) and go on, or close the connection.
-    #[error("{} ({code}) refused: {reason}", frontend_name(*code))]
+    #[error("{} ({code}) refused: {reason}", ticket.name)]
     Invalid {
         /// The code in the header.
         code: u32,
@@ -93,7 +93,15 @@ pub enum Error {
         /// What is wrong with the reply.
         what: &'static str,
     },
-    /// Front-end: an argument that the message has no room for. Nothing was sent.
+    /// Back-end: an answer on the channel for its requests that belongs to none of them.
+    #[error("bad answer to request {code} of the back-end: {what}")]
+    BadChannelReply {
+        /// The code in the header.
+        code: u32,
+        /// What is wrong with the answer.
+        what: &'static str,
+    },
+    /// An argument that the message has no room for. Nothing was sent.
     #[error("argument out of range: {0}")]
     Argument(&'static str),
 }

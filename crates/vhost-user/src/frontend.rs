@@ -1,5 +1,7 @@
 //! The front-end's side of the socket: for tests, for tools, and for devices whose other half is a back-end.
 
+mod extensions;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -329,15 +331,20 @@ impl FrontendEndpoint {
     }
 
     fn reply_to(&mut self, code: FrontendCode) -> Result<Reply, Error> {
+        let reply = self.reply_with_fds(code)?;
+        if !reply.fds.is_empty() {
+            return Err(bad_reply(code, "file descriptors that it does not have"));
+        }
+        Ok(reply)
+    }
+
+    /// The reply, and the descriptors that came with it.
+    fn reply_with_fds(&mut self, code: FrontendCode) -> Result<Reply, Error> {
         let reply = self.receive_reply()?;
-        let what = if reply.header.request != code.code() {
-            "another request's"
-        } else if !reply.fds.is_empty() {
-            "file descriptors that it does not have"
-        } else {
-            return Ok(reply);
-        };
-        Err(Error::BadReply { code: code.code(), what })
+        if reply.header.request != code.code() {
+            return Err(bad_reply(code, "another request's"));
+        }
+        Ok(reply)
     }
 }
 
@@ -348,5 +355,9 @@ impl AsFd for FrontendEndpoint {
 }
 
 fn payload<T: FromBytes>(code: FrontendCode, body: &[u8]) -> Result<T, Error> {
-    T::read_from_bytes(body).map_err(|_| Error::BadReply { code: code.code(), what: "wrong length" })
+    T::read_from_bytes(body).map_err(|_| bad_reply(code, "wrong length"))
+}
+
+fn bad_reply(code: FrontendCode, what: &'static str) -> Error {
+    Error::BadReply { code: code.code(), what }
 }

@@ -22,6 +22,7 @@
 //! Every descriptor that arrives is owned from its arrival: with a refused message it is closed.
 
 mod backend;
+mod backend_request;
 mod body;
 mod channel;
 mod code;
@@ -33,22 +34,26 @@ mod frontend;
 mod header;
 mod listener;
 mod output;
+mod payload;
 mod reply;
 mod request;
 mod rules;
 mod socket;
 
 pub use backend::{BackendEndpoint, Received};
+pub use backend_request::BackendRequest;
 pub use body::{
-    ConfigHeader, MAX_CONFIG_SIZE, MemoryRegion, SingleRegion, VringAddr, VringState, config_flags,
+    ConfigHeader, InflightArea, IotlbAccess, IotlbChange, IotlbReport, LogArea, MAX_CONFIG_SIZE,
+    MemoryRegion, MigrationPhase, ObjectId, ShmemRange, SingleRegion, TransferDirection, VringAddr,
+    VringState, XenMapping, config_flags, xen_flags,
 };
-pub use channel::{BackendChannel, Sent};
+pub use channel::{BackendChannel, ChannelReply, MAX_UNANSWERED, RequestId, Sent};
 pub use code::{BackendCode, FrontendCode};
 pub use error::{Error, HeaderFault, Reason};
 pub use features::{F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeatures};
 pub use frontend::{FrontendEndpoint, Reply};
 pub use header::{HEADER_LEN, Header, MAX_BODY, MAX_FDS, VERSION, flags};
-pub use listener::{BackendListener, BackendReceived, BackendRequest};
+pub use listener::{BackendListener, BackendReceived};
 pub use output::MAX_OUTPUT;
 pub use reply::{Answer, ReplyTicket};
 pub use request::FrontendRequest;

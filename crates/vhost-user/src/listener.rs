@@ -4,13 +4,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::body::ConfigHeader;
+use crate::code::UNKNOWN;
 use crate::deadline::Deadline;
 use crate::frame::{Direction, FrameReader};
 use crate::output::Output;
 use crate::reply::{Answer, ReplyTicket};
-use crate::rules::ReplyKind;
-use crate::{BackendCode, Error, ProtocolFeatures, Reason};
+use crate::rules::{ReplyKind, backend_rule};
+use crate::{BackendCode, BackendRequest, Error, ProtocolFeatures};
 
 /// Receives the back-end's requests.
 #[derive(Debug)]
@@ -19,14 +19,6 @@ pub struct BackendListener {
     frames: FrameReader,
     output: Output,
     negotiated: ProtocolFeatures,
-}
-
-/// A request of the back-end (section "Back-end message types").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum BackendRequest {
-    /// The configuration space has changed.
-    ConfigChange,
 }
 
 /// A request of the back-end and what to answer it with.
@@ -55,32 +47,13 @@ impl BackendListener {
     pub fn receive(&mut self) -> Result<Option<BackendReceived>, Error> {
         let Some(frame) = self.frames.read(self.socket.as_fd())? else { return Ok(None) };
         let code = frame.header.request;
-        let ticket = ReplyTicket {
-            id: 0,
-            code,
-            kind: ReplyKind::Ack,
-            need_reply: frame.header.needs_reply(),
-            config: ConfigHeader::default(),
-            index: 0,
-        };
-        let refusal = match BackendCode::from_code(code) {
-            _ if frame.fd_fault.is_some() => frame.fd_fault,
-            Some(BackendCode::ConfigChangeMsg) if !self.negotiated.contains(ProtocolFeatures::CONFIG) => {
-                Some(Reason::NotNegotiated(ProtocolFeatures::CONFIG))
-            }
-            Some(BackendCode::ConfigChangeMsg) if !frame.body.is_empty() => {
-                Some(Reason::BodySize { expected: 0, got: frame.body.len() })
-            }
-            Some(BackendCode::ConfigChangeMsg) if !frame.fds.is_empty() => {
-                Some(Reason::FdCount { expected: 0, got: frame.fds.len() })
-            }
-            Some(BackendCode::ConfigChangeMsg) => None,
-            Some(_) => Some(Reason::Unsupported),
-            None => Some(Reason::Unknown),
-        };
-        match refusal {
-            None => Ok(Some(BackendReceived { request: BackendRequest::ConfigChange, ticket })),
-            Some(reason) => Err(Error::Invalid { code, reason, ticket }),
+        let known = BackendCode::from_code(code);
+        let kind = known.map_or(ReplyKind::Ack, |code| backend_rule(code).reply);
+        let name = known.map_or(UNKNOWN, BackendCode::name);
+        let ticket = ReplyTicket::new(0, kind, name, &frame);
+        match BackendRequest::parse(self.negotiated, frame) {
+            Ok(request) => Ok(Some(BackendReceived { request, ticket })),
+            Err(reason) => Err(Error::Invalid { code, reason, ticket }),
         }
     }
 
@@ -98,11 +71,11 @@ impl BackendListener {
         }
     }
 
-    /// Acknowledges a request, if the back-end asked for it and [`REPLY_ACK`](ProtocolFeatures::REPLY_ACK) is
-    /// negotiated.
+    /// Answers a request: a lookup with [`Answer::Fd`] or [`Answer::Failed`], any other with an acknowledgement, if the
+    /// back-end asked for it and [`REPLY_ACK`](ProtocolFeatures::REPLY_ACK) is negotiated.
     pub fn reply(&mut self, ticket: ReplyTicket, answer: Answer) -> Result<(), Error> {
-        if let Some(bytes) = ticket.message(&answer, self.negotiated)? {
-            self.output.push(bytes, Vec::new())?;
+        if let Some((bytes, fds)) = ticket.message(answer, self.negotiated)? {
+            self.output.push(bytes, fds)?;
         }
         self.output.flush(self.socket.as_fd()).map(|_| ())
     }

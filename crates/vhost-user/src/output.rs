@@ -56,9 +56,9 @@ impl Output {
         self.queue.is_empty()
     }
 
-    /// Messages of which no byte has been sent.
-    pub(crate) fn untouched(&self) -> usize {
-        self.queue.iter().filter(|message| message.sent == 0).count()
+    /// Whether this very message waits, and no byte of it has been sent.
+    pub(crate) fn is_untouched(&self, bytes: &[u8]) -> bool {
+        self.queue.iter().any(|message| message.sent == 0 && message.bytes == bytes)
     }
 }
 

@@ -1,7 +1,8 @@
-//! What the document demands of each request of the front-end, as a table: payload, descriptors, the protocol feature
-//! that it depends on, and how it is answered.
+//! What the document demands of each request, as two tables, one for either side: payload, descriptors, the protocol
+//! feature that it depends on, and how it is answered.
 
-use crate::{FrontendCode, ProtocolFeatures};
+use crate::body::{ConfigHeader, InflightBody, LogArea, VringState};
+use crate::{BackendCode, FrontendCode, MAX_BODY, ProtocolFeatures};
 
 /// The payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +18,17 @@ pub(crate) enum Body {
     SingleRegion,
     /// Offset, size, flags and as many bytes as size says.
     Config,
-    /// The document has it, this crate has no type for it yet.
-    Untyped,
+    Log,
+    /// With or without padding at its end.
+    Inflight,
+    Iotlb,
+    ObjectId,
+    /// Of any length; see [`CRYPTO_SESSION_MIN`](crate::body::CRYPTO_SESSION_MIN).
+    CryptoSession,
+    TransferState,
+    /// Index and flags as [`VringFd`](Body::VringFd), size, offset.
+    VringArea,
+    Mmap,
 }
 
 /// The descriptors in the ancillary data.
@@ -57,8 +67,35 @@ pub(crate) enum ReplyKind {
     VringState,
     /// The request with bytes filled in, or nothing at all for a failure.
     Config,
-    /// A payload or a descriptor that this crate has no type for yet.
-    Untyped,
+    /// The request again; a failure cannot be expressed. Only with `LOG_SHMFD`, else [`Ack`](ReplyKind::Ack).
+    Log,
+    /// The area and its descriptor; an area without size and no descriptor for a failure.
+    Inflight,
+    /// The request with the session's id filled in, which is negative for a failure.
+    CryptoSession,
+    /// No payload and a descriptor, or no descriptor for a failure.
+    Fd,
+    /// A value of flags, and perhaps a descriptor.
+    TransferState,
+    /// Zero and a descriptor, or an error and none.
+    Lookup,
+    /// The sizes of all shared memory regions; a failure cannot be expressed.
+    ShmemConfig,
+}
+
+impl ReplyKind {
+    /// How much of the request the reply repeats, at most.
+    pub(crate) const fn repeats(self) -> usize {
+        match self {
+            ReplyKind::VringState => size_of::<VringState>(),
+            ReplyKind::Config => size_of::<ConfigHeader>(),
+            ReplyKind::Log => size_of::<LogArea>(),
+            ReplyKind::Inflight => size_of::<InflightBody>(),
+            ReplyKind::CryptoSession => MAX_BODY,
+            ReplyKind::Ack | ReplyKind::U64 | ReplyKind::Status | ReplyKind::Fd => 0,
+            ReplyKind::TransferState | ReplyKind::Lookup | ReplyKind::ShmemConfig => 0,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,19 +106,16 @@ pub(crate) struct Rule {
     pub(crate) reply: ReplyKind,
 }
 
-/// The rule of a request. A match and not an array, so that a new code cannot be forgotten.
-pub(crate) const fn rule(code: FrontendCode) -> Rule {
+const fn rule(body: Body, fds: Fds, gate: Gate, reply: ReplyKind) -> Rule {
+    Rule { body, fds, gate, reply }
+}
+
+/// The rule of a front-end's request. A match and not an array, so that a new code cannot be forgotten.
+pub(crate) const fn frontend_rule(code: FrontendCode) -> Rule {
     use FrontendCode as C;
     use Gate::{Always, Negotiated, Offered};
     use ProtocolFeatures as P;
     use ReplyKind::Ack;
-
-    const fn rule(body: Body, fds: Fds, gate: Gate, reply: ReplyKind) -> Rule {
-        Rule { body, fds, gate, reply }
-    }
-    const fn untyped(reply: ReplyKind) -> Rule {
-        rule(Body::Untyped, Fds::None, Always, reply)
-    }
 
     match code {
         C::GetFeatures => rule(Body::Empty, Fds::None, Always, ReplyKind::U64),
@@ -112,16 +146,55 @@ pub(crate) const fn rule(code: FrontendCode) -> Rule {
         C::SetStatus => rule(Body::U64, Fds::None, Negotiated(P::STATUS), Ack),
         C::GetStatus => rule(Body::Empty, Fds::None, Negotiated(P::STATUS), ReplyKind::U64),
 
-        // Not typed yet. The kind of reply counts all the same: it decides how the refusal is told. SET_LOG_BASE has
-        // a reply of its own only with LOG_SHMFD, which nothing here offers.
-        C::SetLogBase | C::SetLogFd | C::SendRarp | C::NetSetMtu | C::SetVringEndian => untyped(Ack),
-        C::CloseCryptoSession | C::PostcopyListen | C::SetInflightFd | C::GpuSetSocket | C::VringKick => {
-            untyped(Ack)
+        C::SetLogBase => rule(Body::Log, Fds::One, Negotiated(P::LOG_SHMFD), ReplyKind::Log),
+        C::SetLogFd => rule(Body::Empty, Fds::One, Always, Ack),
+        C::SendRarp => rule(Body::U64, Fds::None, Offered(P::RARP), Ack),
+        C::NetSetMtu => rule(Body::U64, Fds::None, Offered(P::MTU), Ack),
+        // VIRTIO_F_IOMMU_PLATFORM has to be negotiated, which only the host knows.
+        C::IotlbMsg => rule(Body::Iotlb, Fds::None, Always, ReplyKind::Status),
+        C::SetVringEndian => rule(Body::VringState, Fds::None, Negotiated(P::CROSS_ENDIAN), Ack),
+        C::CreateCryptoSession => {
+            rule(Body::CryptoSession, Fds::None, Negotiated(P::CRYPTO_SESSION), ReplyKind::CryptoSession)
         }
-        C::IotlbMsg | C::PostcopyEnd | C::SetDeviceStateFd | C::CheckDeviceState => {
-            untyped(ReplyKind::Status)
+        C::CloseCryptoSession => rule(Body::U64, Fds::None, Negotiated(P::CRYPTO_SESSION), Ack),
+        C::PostcopyAdvise => rule(Body::Empty, Fds::None, Offered(P::PAGEFAULT), ReplyKind::Fd),
+        C::PostcopyListen => rule(Body::Empty, Fds::None, Offered(P::PAGEFAULT), Ack),
+        C::PostcopyEnd => rule(Body::Empty, Fds::None, Offered(P::PAGEFAULT), ReplyKind::Status),
+        C::GetInflightFd => {
+            rule(Body::Inflight, Fds::None, Negotiated(P::INFLIGHT_SHMFD), ReplyKind::Inflight)
         }
-        C::CreateCryptoSession | C::PostcopyAdvise | C::GetInflightFd => untyped(ReplyKind::Untyped),
-        C::GetSharedObject | C::GetShmemConfig => untyped(ReplyKind::Untyped),
+        C::SetInflightFd => rule(Body::Inflight, Fds::One, Negotiated(P::INFLIGHT_SHMFD), Ack),
+        // No feature stands for it: whether the device is a display is for the host to know.
+        C::GpuSetSocket => rule(Body::Empty, Fds::One, Always, Ack),
+        C::VringKick => rule(Body::VringState, Fds::None, Negotiated(P::INBAND_NOTIFICATIONS), Ack),
+        C::GetSharedObject => rule(Body::ObjectId, Fds::None, Negotiated(P::SHARED_OBJECT), ReplyKind::Fd),
+        C::SetDeviceStateFd => {
+            rule(Body::TransferState, Fds::One, Negotiated(P::DEVICE_STATE), ReplyKind::TransferState)
+        }
+        C::CheckDeviceState => rule(Body::Empty, Fds::None, Negotiated(P::DEVICE_STATE), ReplyKind::Status),
+        C::GetShmemConfig => rule(Body::Empty, Fds::None, Negotiated(P::SHMEM_MAP), ReplyKind::ShmemConfig),
+    }
+}
+
+/// The rule of a back-end's request. Those that bring a descriptor need `BACKEND_SEND_FD` besides.
+pub(crate) const fn backend_rule(code: BackendCode) -> Rule {
+    use BackendCode as C;
+    use Gate::{Always, Negotiated};
+    use ProtocolFeatures as P;
+    use ReplyKind::{Ack, Lookup};
+
+    match code {
+        C::IotlbMsg => rule(Body::Iotlb, Fds::None, Always, Ack),
+        C::ConfigChangeMsg => rule(Body::Empty, Fds::None, Negotiated(P::CONFIG), Ack),
+        C::VringHostNotifierMsg => {
+            rule(Body::VringArea, Fds::UnlessFlagged, Negotiated(P::HOST_NOTIFIER), Ack)
+        }
+        C::VringCall => rule(Body::VringState, Fds::None, Negotiated(P::INBAND_NOTIFICATIONS), Ack),
+        C::VringErr => rule(Body::VringState, Fds::None, Negotiated(P::INBAND_NOTIFICATIONS), Ack),
+        C::SharedObjectAdd => rule(Body::ObjectId, Fds::None, Negotiated(P::SHARED_OBJECT), Ack),
+        C::SharedObjectRemove => rule(Body::ObjectId, Fds::None, Negotiated(P::SHARED_OBJECT), Ack),
+        C::SharedObjectLookup => rule(Body::ObjectId, Fds::None, Negotiated(P::SHARED_OBJECT), Lookup),
+        C::ShmemMap => rule(Body::Mmap, Fds::One, Negotiated(P::SHMEM_MAP), Ack),
+        C::ShmemUnmap => rule(Body::Mmap, Fds::None, Negotiated(P::SHMEM_MAP), Ack),
     }
 }

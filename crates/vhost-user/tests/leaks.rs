@@ -37,7 +37,7 @@ fn no_descriptor_is_leaked_by_good_bad_cut_and_stray_messages() {
                         loop {
                             match endpoint.receive() {
                                 Ok(Some(received)) => {
-                                    endpoint.reply(received.ticket, sample.answer.clone()).unwrap();
+                                    endpoint.reply(received.ticket, (sample.answer)()).unwrap();
                                 }
                                 Err(Error::Invalid { ticket, .. }) => {
                                     match endpoint.reply(ticket, Answer::Failed) {

@@ -1,14 +1,19 @@
-//! Every request this crate has a type for, as the bytes that the document describes, written by hand; and what tests
+//! Every request of the document, as the bytes that the document describes, written by hand; and what tests
 //! need to put bytes and descriptors on a socket.
 #![allow(dead_code, reason = "each test program uses its part")]
 
-use std::io::{IoSlice, PipeReader, Read};
+mod extensions;
+
+use std::io::{IoSlice, IoSliceMut, PipeReader, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
 use vhost_user::{
     Answer, BackendEndpoint, Error, FrontendCode, FrontendEndpoint, FrontendRequest as R, HEADER_LEN,
     MemoryRegion, ProtocolFeatures, Reason, Received, VringAddr,
@@ -24,9 +29,13 @@ pub(crate) struct Sample {
     /// Whether it was understood.
     pub(crate) check: fn(&R) -> bool,
     /// How the back-end answers in these tests.
-    pub(crate) answer: Answer,
+    pub(crate) answer: fn() -> Answer,
     /// The reply to that answer, if the request has one of its own.
     pub(crate) reply: Option<Vec<u8>>,
+    /// How many descriptors go with the reply.
+    pub(crate) reply_fds: usize,
+    /// The reply to a failure, if the request has one of its own that can tell.
+    pub(crate) failure: Option<Vec<u8>>,
     /// The front-end's method for it, and its result as text.
     pub(crate) call: fn(&mut FrontendEndpoint, &[BorrowedFd<'_>]) -> Result<String, Error>,
     /// What the method makes of the reply.
@@ -36,6 +45,16 @@ pub(crate) struct Sample {
 impl Sample {
     pub(crate) fn name(&self) -> String {
         format!("{} with {} fds", self.code, self.fds)
+    }
+
+    /// With descriptors in the request and in the reply.
+    fn fds(self, fds: usize, reply_fds: usize) -> Sample {
+        Sample { fds, reply_fds, ..self }
+    }
+
+    /// A reply that tells of a failure.
+    fn fails(self, failure: &str) -> Sample {
+        Sample { failure: Some(hex(failure)), ..self }
     }
 }
 
@@ -55,15 +74,9 @@ const HIGH_HEX: &str = "0000000001000000 0020000000000000 00000000107f0000 00000
 pub(crate) const ADDR: VringAddr =
     VringAddr { index: 1, flags: 1, desc: 0x1000, used: 0x2000, avail: 0x3000, log: 0x4000 };
 
-/// The protocol features that the typed requests need.
+/// All protocol features of the document but XEN_MMAP, which gives memory regions another form.
 pub(crate) fn features() -> ProtocolFeatures {
-    ProtocolFeatures::MQ
-        | ProtocolFeatures::REPLY_ACK
-        | ProtocolFeatures::BACKEND_REQ
-        | ProtocolFeatures::CONFIG
-        | ProtocolFeatures::RESET_DEVICE
-        | ProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | ProtocolFeatures::STATUS
+    ProtocolFeatures::from_bits_retain(0x7f_ffff) - ProtocolFeatures::XEN_MMAP
 }
 
 fn text<T: std::fmt::Debug>(result: Result<T, Error>) -> Result<String, Error> {
@@ -72,32 +85,12 @@ fn text<T: std::fmt::Debug>(result: Result<T, Error>) -> Result<String, Error> {
 
 /// All of them. Header: request, flags (version 1), size; all little-endian.
 pub(crate) fn samples() -> Vec<Sample> {
-    let own = |code, bytes: &str, check, answer, reply: &str, call, result| Sample {
-        code,
-        bytes: hex(bytes),
-        fds: 0,
-        check,
-        answer,
-        reply: Some(hex(reply)),
-        call,
-        result,
-    };
-    let ack = |code, bytes: &str, fds, check, call| Sample {
-        code,
-        bytes: hex(bytes),
-        fds,
-        check,
-        answer: Answer::Done,
-        reply: None,
-        call,
-        result: "()",
-    };
-    vec![
+    let mut all = vec![
         own(
             FrontendCode::GetFeatures,
             "01000000 01000000 00000000",
             |r| matches!(r, R::GetFeatures),
-            Answer::U64(0x1_4000_0000),
+            || Answer::U64(0x1_4000_0000),
             "01000000 05000000 08000000 0000004001000000",
             |f, _| text(f.get_features()),
             "140000000",
@@ -127,7 +120,7 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::SetMemTable,
             &format!("05000000 01000000 48000000 02000000 00000000 {LOW_HEX} {HIGH_HEX}"),
             2,
-            |r| matches!(r, R::SetMemTable(table) if table[0].0 == LOW && table[1].0 == HIGH && table.len() == 2),
+            |r| matches!(r, R::SetMemTable(table) if table.len() == 2 && table[0].0 == LOW && table[1].0 == HIGH),
             |f, fds| text(f.set_mem_table(&[(LOW, fds[0]), (HIGH, fds[1])])),
         ),
         ack(
@@ -170,7 +163,7 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetVringBase,
             "0b000000 01000000 08000000 02000000 00000000",
             |r| matches!(r, R::GetVringBase { index: 2 }),
-            Answer::VringBase(0xfffe),
+            || Answer::VringBase(0xfffe),
             "0b000000 05000000 08000000 02000000 feff0000",
             |f, _| text(f.get_vring_base(2)),
             "fffe",
@@ -221,14 +214,14 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetProtocolFeatures,
             "0f000000 01000000 00000000",
             |r| matches!(r, R::GetProtocolFeatures),
-            Answer::U64(features().bits()),
-            "0f000000 05000000 08000000 29a2010000000000",
+            || Answer::U64(features().bits()),
+            "0f000000 05000000 08000000 ffff7d0000000000",
             |f, _| text(f.get_protocol_features().map(|features| features.bits())),
-            "1a229",
+            "7dffff",
         ),
         ack(
             FrontendCode::SetProtocolFeatures,
-            "10000000 01000000 08000000 29a2010000000000",
+            "10000000 01000000 08000000 ffff7d0000000000",
             0,
             |r| matches!(r, R::SetProtocolFeatures(set) if *set == features()),
             |f, _| text(f.set_protocol_features(features())),
@@ -237,7 +230,7 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetQueueNum,
             "11000000 01000000 00000000",
             |r| matches!(r, R::GetQueueNum),
-            Answer::U64(3),
+            || Answer::U64(3),
             "11000000 05000000 08000000 0300000000000000",
             |f, _| text(f.get_queue_num()),
             "3",
@@ -267,11 +260,12 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetConfig,
             "18000000 01000000 10000000 02000000 04000000 00000000 00000000",
             |r| matches!(r, R::GetConfig { offset: 2, size: 4, flags: 0 }),
-            Answer::Config(vec![0xaa, 0xbb, 0xcc, 0xdd]),
+            || Answer::Config(vec![0xaa, 0xbb, 0xcc, 0xdd]),
             "18000000 05000000 10000000 02000000 04000000 00000000 aabbccdd",
             |f, _| text(f.get_config(2, 4, 0)),
             "[aa, bb, cc, dd]",
-        ),
+        )
+        .fails("18000000 05000000 00000000"),
         ack(
             FrontendCode::SetConfig,
             "19000000 01000000 0f000000 02000000 03000000 01000000 010203",
@@ -290,7 +284,7 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetMaxMemSlots,
             "24000000 01000000 00000000",
             |r| matches!(r, R::GetMaxMemSlots),
-            Answer::U64(509),
+            || Answer::U64(509),
             "24000000 05000000 08000000 fd01000000000000",
             |f, _| text(f.get_max_mem_slots()),
             "1fd",
@@ -320,12 +314,52 @@ pub(crate) fn samples() -> Vec<Sample> {
             FrontendCode::GetStatus,
             "28000000 01000000 00000000",
             |r| matches!(r, R::GetStatus),
-            Answer::U64(0x4f),
+            || Answer::U64(0x4f),
             "28000000 05000000 08000000 4f00000000000000",
             |f, _| text(f.get_status()),
             "4f",
         ),
-    ]
+    ];
+    all.extend(extensions::samples());
+    all
+}
+
+type Check = fn(&R) -> bool;
+type Call = fn(&mut FrontendEndpoint, &[BorrowedFd<'_>]) -> Result<String, Error>;
+
+/// A request with a reply of its own.
+fn own(
+    code: FrontendCode,
+    bytes: &str,
+    check: Check,
+    answer: fn() -> Answer,
+    reply: &str,
+    call: Call,
+    result: &'static str,
+) -> Sample {
+    let (bytes, reply) = (hex(bytes), Some(hex(reply)));
+    Sample { code, bytes, fds: 0, check, answer, reply, reply_fds: 0, failure: None, call, result }
+}
+
+/// A request that is acknowledged at most.
+fn ack(code: FrontendCode, bytes: &str, fds: usize, check: Check, call: Call) -> Sample {
+    Sample {
+        code,
+        bytes: hex(bytes),
+        fds,
+        check,
+        answer: || Answer::Done,
+        reply: None,
+        reply_fds: 0,
+        failure: None,
+        call,
+        result: "()",
+    }
+}
+
+/// Some file.
+pub(crate) fn file() -> OwnedFd {
+    std::io::pipe().unwrap().1.into()
 }
 
 /// The same message with need_reply set.
@@ -405,6 +439,23 @@ pub(crate) fn read(socket: &UnixStream, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     (&*socket).read_exact(&mut bytes).unwrap();
     bytes
+}
+
+/// Exactly `count` bytes from the other side, which must be there, and the descriptors that came with the first.
+pub(crate) fn read_with_fds(socket: &UnixStream, count: usize) -> (Vec<u8>, Vec<OwnedFd>) {
+    let mut bytes = vec![0; count];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let (buffers, flags) = (&mut [IoSliceMut::new(&mut bytes)], RecvFlags::CMSG_CLOEXEC);
+    let got = rustix::net::recvmsg(socket, buffers, &mut control, flags).unwrap().bytes;
+    let mut fds = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = part {
+            fds.extend(rights);
+        }
+    }
+    (&*socket).read_exact(&mut bytes[got..]).unwrap();
+    (bytes, fds)
 }
 
 /// Fails if the back-end has sent anything.

@@ -9,6 +9,7 @@
 //! | [`RingDriver`] | one virtqueue, split or packed: chains of any shape, checks, raw access to break rules |
 //! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
+//! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
 //!
 //! # A device test
 //! ```text
@@ -20,6 +21,7 @@
 //! let used = host.ring(0).used().expect("an answer");
 //! ```
 
+pub mod load;
 mod memory_host;
 mod ram;
 pub mod ring;

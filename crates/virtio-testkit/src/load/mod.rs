@@ -1,0 +1,369 @@
+//! A driver that is fast instead of strict: it measures what a vhost-user back-end costs.
+//!
+//! [`LoadSession`] sets a back-end up through [`VhostUserDriver`], in QEMU's order, and then takes its first ring over with
+//! a driver of its own that makes no more checks than a guest's: it keeps `depth` requests in the ring, takes used
+//! buffers in batches, kicks when the back-end wants it, and asks for an interrupt only before it sleeps. A used entry
+//! that names nothing in flight, a wrong answer, a back-end that ends or does not answer are errors, never a hang.
+//!
+//! Measured per round: requests and bytes, latency (one reading of the clock for each batch: a request begins when its
+//! batch is put into the ring and ends when the driver sees it used), CPU time of the whole back-end process from its
+//! threads' `schedstat`, kicks and interrupts. Figures mean something only beside those of a [`floor`] from the same run.
+pub mod floor;
+mod histogram;
+mod placement;
+mod requests;
+mod ring;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use vhost_user::FrontendEndpoint;
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use vm_virtio::Features;
+
+use crate::{Buf, DriverError, RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
+
+pub use histogram::Histogram;
+pub use placement::{Placement, PlacementError, pin_current_thread};
+pub use requests::{Entropy, Requests};
+
+use placement::Process;
+use ring::FastRing;
+
+/// How long a socket may be away.
+const LISTENING: Duration = Duration::from_secs(2);
+
+/// How a back-end is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// The layout of the ring.
+    pub layout: RingLayout,
+    /// Requests in flight, at least 1.
+    pub depth: u16,
+    /// Entries of the ring. A power of two, room for `depth` requests.
+    pub queue_size: u16,
+    /// Which CPUs driver and back-end run on.
+    pub placement: Placement,
+    /// Ring features that the driver does not take though they are offered.
+    pub without: Features,
+    /// How long the back-end may take for an answer.
+    pub patience: Duration,
+}
+
+impl Default for LoadOptions {
+    /// One request at a time in a split ring of 256, on one CPU, with five seconds for each.
+    fn default() -> LoadOptions {
+        LoadOptions {
+            layout: RingLayout::Split,
+            depth: 1,
+            queue_size: 256,
+            placement: Placement::Same,
+            without: Features::empty(),
+            patience: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A load cannot be run, or the back-end did not stand it.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The back-end does not have what was asked for; nothing is wrong with it.
+    #[error("{0} is not offered")]
+    NotOffered(&'static str),
+    /// The protocol, or a rule of virtio at set-up.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The process cannot be found, pinned or read.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+    /// The requests do not fit into the ring.
+    #[error("{depth} requests of {each} descriptors do not fit into a ring of {size}")]
+    Depth {
+        /// Requests in flight.
+        depth: u16,
+        /// Descriptors of one.
+        each: usize,
+        /// Entries of the ring.
+        size: u16,
+    },
+    /// The back-end broke a rule while it was loaded.
+    #[error("the back-end broke a rule: {0}")]
+    Broken(String),
+    /// An answer is not what was asked for.
+    #[error("wrong answer: {0}")]
+    Answer(String),
+    /// Nothing came.
+    #[error("no answer within {0:?} with {1} requests in flight")]
+    Silent(Duration, usize),
+    /// The back-end went away.
+    #[error("the back-end closed the connection with {0} requests in flight")]
+    Gone(usize),
+    /// The system.
+    #[error("{0}: {1}")]
+    System(&'static str, #[source] std::io::Error),
+}
+
+fn system(what: &'static str) -> impl Fn(Errno) -> LoadError {
+    move |error| LoadError::System(what, error.into())
+}
+
+/// What one round of load showed.
+#[derive(Clone, Debug, Default)]
+pub struct Round {
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Bytes that the back-end says it has written.
+    pub bytes: u64,
+    /// From the first request to the last answer.
+    pub elapsed: Duration,
+    /// How long each request took.
+    pub latency: Histogram,
+    /// CPU time of all threads of the back-end's process.
+    pub backend_cpu: Duration,
+    /// Notifications of the driver.
+    pub kicks: u64,
+    /// Notifications of the back-end.
+    pub interrupts: u64,
+}
+
+impl Round {
+    /// Requests in a second.
+    pub fn rate(&self) -> f64 {
+        self.requests as f64 / self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE)
+    }
+
+    /// A sum, for each request.
+    pub fn per_request(&self, sum: f64) -> f64 {
+        sum / (self.requests as f64).max(1.0)
+    }
+
+    /// Microseconds of the back-end's CPU time for each request.
+    pub fn backend_us(&self) -> f64 {
+        self.per_request(self.backend_cpu.as_secs_f64() * 1e6)
+    }
+}
+
+/// A request in a slot of its own.
+struct Slot<'m> {
+    chain: Vec<Buf>,
+    buffers: Vec<VolatileSlice<'m>>,
+    since: Instant,
+    busy: bool,
+}
+
+/// A back-end under load.
+pub struct LoadSession<'m, R> {
+    driver: VhostUserDriver,
+    process: Process,
+    options: LoadOptions,
+    requests: R,
+    ring: FastRing<'m>,
+    slots: Vec<Slot<'m>>,
+    in_flight: usize,
+    /// Watches the call file edge-triggered, so that nobody has to read it, and the socket for its end.
+    events: OwnedFd,
+    lost: bool,
+}
+
+/// The key of the socket among the events; the call file's is 0.
+const SOCKET: u64 = 1;
+
+/// Where a back-end is.
+#[derive(Debug)]
+pub enum Target<'a> {
+    /// It listens there.
+    Path(&'a Path),
+    /// It holds the other end, and is the process of this number.
+    Connected(UnixStream, u32),
+}
+
+impl<'m, R: Requests> LoadSession<'m, R> {
+    /// Connects, negotiates and starts. `ram` is the guest's memory, for this session alone.
+    ///
+    /// # Errors
+    /// [`LoadError::NotOffered`] for a layout that the back-end does not have; others for a back-end that fails.
+    pub fn open(
+        target: Target<'_>,
+        ram: &'m TestRam,
+        options: LoadOptions,
+        mut requests: R,
+    ) -> Result<Self, LoadError> {
+        let chains: Vec<Vec<Buf>> =
+            (0..options.depth.max(1)).map(|slot| requests.chain(usize::from(slot), ram)).collect();
+        let (mut endpoint, known) = match target {
+            Target::Path(path) => (connect(path)?, None),
+            Target::Connected(socket, pid) => (FrontendEndpoint::new(socket), Some(pid)),
+        };
+        let mut wanted = VhostUserOptions::new(options.layout);
+        wanted.ram = ram.clone();
+        wanted.queue_size = options.queue_size;
+        wanted.queues = Some(1);
+        wanted.without = options.without;
+        endpoint.set_timeout(options.patience);
+        let mut driver = VhostUserDriver::attach(endpoint, wanted)?;
+        if !driver.features().contains(Features::VERSION_1) {
+            return Err(LoadError::NotOffered("VIRTIO_F_VERSION_1"));
+        }
+        if options.layout == RingLayout::Packed && !driver.features().contains(Features::RING_PACKED) {
+            return Err(LoadError::NotOffered("VIRTIO_F_RING_PACKED"));
+        }
+        driver.start()?;
+        let process = Process::behind(driver.endpoint().stream(), known)?;
+        let features = driver.features();
+        let config = driver.ring(0).queue_config();
+        let each = chains.iter().map(|chain| ring::descriptors(chain, features)).max().unwrap_or(1);
+        let room = usize::from(options.queue_size) / each.max(1);
+        if usize::from(options.depth) > room {
+            return Err(LoadError::Depth { depth: options.depth, each, size: options.queue_size });
+        }
+        let ring = FastRing::new(ram, options.layout, &config, features, &chains);
+        let slots = chains
+            .into_iter()
+            .map(|chain| Slot {
+                buffers: chain.iter().map(|buf| area(ram, buf.addr, u64::from(buf.len))).collect(),
+                chain,
+                since: Instant::now(),
+                busy: false,
+            })
+            .collect();
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
+        let (call, edge) = (driver.call_fd(0), epoll::EventFlags::IN | epoll::EventFlags::ET);
+        epoll::add(&events, call, epoll::EventData::new_u64(0), edge).map_err(system("epoll"))?;
+        let ends = epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        let (stream, key) = (driver.endpoint().stream(), epoll::EventData::new_u64(SOCKET));
+        epoll::add(&events, stream, key, ends).map_err(system("epoll"))?;
+        Ok(LoadSession { driver, process, options, requests, ring, slots, in_flight: 0, events, lost: false })
+    }
+
+    /// What was negotiated.
+    pub fn features(&self) -> Features {
+        self.driver.features()
+    }
+
+    /// The back-end's process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Loads the back-end for `length`, then waits for what is in flight. Pins this thread and the back-end.
+    ///
+    /// # Errors
+    /// The session is of no use after one.
+    pub fn round(&mut self, length: Duration) -> Result<Round, LoadError> {
+        self.options.placement.apply(&self.process)?;
+        let mut round = Round::default();
+        self.driver.interrupts(0);
+        let interrupts = self.driver.interrupts(0);
+        let cpu = self.process.cpu_time()?;
+        let start = Instant::now();
+        let end = start + length;
+        let mut now = start;
+        for slot in 0..self.slots.len() {
+            self.submit(slot, now)?;
+        }
+        self.kick(&mut round);
+        loop {
+            let mut batch = 0;
+            while let Some((slot, written)) = self.ring.next_used().map_err(LoadError::Broken)? {
+                if batch == 0 {
+                    now = Instant::now();
+                }
+                batch += 1;
+                self.finish(slot, written, now, &mut round)?;
+                if now < end {
+                    self.submit(slot, now)?;
+                }
+            }
+            if batch > 0 {
+                self.kick(&mut round);
+            }
+            if self.in_flight == 0 {
+                break;
+            }
+            if batch == 0 && !self.ring.arm() {
+                self.wait()?;
+            }
+        }
+        round.elapsed = now - start;
+        round.backend_cpu = self.process.cpu_time()?.saturating_sub(cpu);
+        round.interrupts = self.driver.interrupts(0) - interrupts;
+        Ok(round)
+    }
+
+    fn submit(&mut self, at: usize, now: Instant) -> Result<(), LoadError> {
+        let Some(slot) = self.slots.get_mut(at) else { return Ok(()) };
+        self.requests.prepare(at, &slot.buffers);
+        slot.since = now;
+        slot.busy = true;
+        self.in_flight += 1;
+        self.ring.push(at, &slot.chain);
+        Ok(())
+    }
+
+    fn finish(&mut self, at: usize, written: u32, now: Instant, round: &mut Round) -> Result<(), LoadError> {
+        let slot = self.slots.get_mut(at).filter(|slot| slot.busy);
+        let slot =
+            slot.ok_or_else(|| LoadError::Broken(format!("request {at} was used, but is not in flight")))?;
+        slot.busy = false;
+        self.in_flight -= 1;
+        self.requests.check(at, written, &slot.buffers).map_err(LoadError::Answer)?;
+        round.requests += 1;
+        round.bytes += u64::from(written);
+        round.latency.add(now - slot.since);
+        Ok(())
+    }
+
+    fn kick(&mut self, round: &mut Round) {
+        self.ring.publish();
+        if self.ring.kick_wanted() {
+            round.kicks += 1;
+            self.driver.kick_anyway(0);
+        }
+    }
+
+    /// Sleeps until the back-end interrupts.
+    fn wait(&mut self) -> Result<(), LoadError> {
+        if self.lost {
+            return Err(LoadError::Gone(self.in_flight));
+        }
+        let patience = self.options.patience;
+        let limit = Timespec {
+            tv_sec: patience.as_secs().min(i32::MAX as u64) as i64,
+            tv_nsec: i64::from(patience.subsec_nanos()),
+        };
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 2];
+        match epoll::wait(&self.events, &mut events, Some(&limit)) {
+            Ok(0) => Err(LoadError::Silent(patience, self.in_flight)),
+            Ok(count) => {
+                // What was used before the end is still taken.
+                self.lost |= events.iter().take(count).any(|event| event.data.u64() == SOCKET);
+                self.ring.woke();
+                Ok(())
+            }
+            Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(system("epoll")(error)),
+        }
+    }
+}
+
+/// Some back-ends take their socket away between two front-ends.
+fn connect(path: &Path) -> Result<FrontendEndpoint, DriverError> {
+    let deadline = Instant::now() + LISTENING;
+    loop {
+        match FrontendEndpoint::connect(path) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// A piece of guest memory, for as long as that lives.
+fn area(ram: &TestRam, addr: vm_memory::GuestAddress, len: u64) -> VolatileSlice<'_> {
+    ram.memory().get_slice(addr, usize::try_from(len).unwrap_or(usize::MAX)).expect("a range in guest memory")
+}

@@ -21,6 +21,7 @@
 //! let used = host.ring(0).used().expect("an answer");
 //! ```
 
+mod connect;
 pub mod load;
 mod memory_host;
 mod ram;
@@ -28,6 +29,7 @@ pub mod ring;
 mod vhost_user_driver;
 mod violation;
 
+pub use connect::connect;
 pub use memory_host::{MemoryHost, MemoryHostBuilder};
 pub use ram::{RamRegion, TestRam};
 pub use ring::{Buf, Interrupts, RingDriver, RingFull, RingLayout, Shape, Used};

@@ -18,6 +18,7 @@ use vhost_user::{
 };
 use vm_virtio::{Features, QueueState, RingPos, Status};
 
+use crate::connect::connect;
 use crate::{Interrupts, RingDriver, RingLayout, TestRam, Used, Violation};
 
 /// How long [`VhostUserDriver::connect`] waits for a socket that somebody listens on.
@@ -119,7 +120,7 @@ impl VhostUserDriver {
         path: impl AsRef<Path>,
         options: VhostUserOptions,
     ) -> Result<VhostUserDriver, DriverError> {
-        let mut driver = VhostUserDriver::attach(endpoint(path.as_ref())?, options)?;
+        let mut driver = VhostUserDriver::attach(connect(path.as_ref(), LISTENING)?, options)?;
         driver.start()?;
         Ok(driver)
     }
@@ -286,7 +287,7 @@ impl VhostUserDriver {
     pub fn reconnect(&mut self, path: impl AsRef<Path>) -> Result<(), DriverError> {
         // The old connection ends first: a back-end serves one front-end at a time.
         let _ = self.endpoint.stream().shutdown(std::net::Shutdown::Both);
-        self.endpoint = endpoint(path.as_ref())?;
+        self.endpoint = connect(path.as_ref(), LISTENING)?;
         self.backend_requests = None;
         let features = self.features;
         self.negotiate()?;
@@ -466,16 +467,6 @@ impl VhostUserDriver {
                     late => Ok(late),
                 };
             }
-        }
-    }
-}
-
-fn endpoint(path: &Path) -> Result<FrontendEndpoint, Error> {
-    let deadline = Instant::now() + LISTENING;
-    loop {
-        match FrontendEndpoint::connect(path) {
-            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
-            result => return result,
         }
     }
 }

@@ -99,7 +99,7 @@ impl Drop for Scratch {
 fn c5_4_identity_no_features_no_configuration() {
     let host = seeded(RingLayout::Split);
     assert_eq!(host.engine().device_type(), DeviceType::ENTROPY);
-    assert_eq!(host.engine().offered(), Features::RING);
+    assert_eq!(host.engine().offered(), Features::RING | Features::CARRIED);
     assert_eq!(host.config().len(), 0);
     let queues = host.engine().queues();
     assert_eq!((queues.len(), queues[0].name), (1, "requestq"));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vm_virtio::{
     Call, ConfigSpace, Engine, EngineOptions, Features, HostEvent, HostEvents, Interrupt, Kick, LaneRunner,
-    QueueStart, QueueState, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor,
+    QueueStart, QueueState, SavedQueue, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor,
 };
 
 use crate::violation::expect;
@@ -221,6 +221,34 @@ impl<D: VirtioDevice> MemoryHost<D> {
         let call: Call = Some(Arc::clone(&self.calls[queue]) as Arc<dyn Interrupt>);
         let order = self.engine.start(queue as u16, QueueStart { config, state, kick: Kick::Manual, call });
         self.finish(order).expect("a queue that starts");
+    }
+
+    /// Another device on the memory, rings and interrupts of this one, which is gone: nothing is negotiated yet. For
+    /// devices that are restored elsewhere.
+    ///
+    /// # Panics
+    /// If the engine refuses the device, or it has other queues.
+    pub fn successor(self, device: D) -> MemoryHost<D> {
+        let MemoryHost { engine, lanes, ram, rings, calls, seen, events, features } = self;
+        drop((engine, lanes));
+        let mut options = EngineOptions::new(Arc::clone(&events) as Arc<dyn HostEvents>);
+        options.carried = Features::CARRIED;
+        let (engine, lanes) = Engine::new(device, options).expect("a device that the engine takes");
+        assert_eq!(engine.queues().len(), rings.len(), "the same type of device");
+        MemoryHost { engine, lanes, ram, rings, calls, seen, events, features }
+    }
+
+    /// Starts the queues of a restored device where they were.
+    ///
+    /// # Panics
+    /// If the engine refuses.
+    pub fn start_restored(&mut self, queues: Vec<SavedQueue>) {
+        for SavedQueue { index, enabled, config, state } in queues {
+            assert_eq!(config, self.rings[usize::from(index)].queue_config());
+            self.start_queue(usize::from(index), Some(state));
+            let order = self.engine.enable(index, enabled);
+            self.finish(order);
+        }
     }
 
     /// Stops a queue.

@@ -93,6 +93,17 @@ impl ConfigSpace {
         Ok(true)
     }
 
+    /// For a snapshot: what the device has made of the bytes, and the generation that readers see.
+    pub(crate) fn save(&self) -> (Vec<u8>, u32) {
+        let inner = self.lock();
+        (inner.held.as_ref().unwrap_or(&inner.bytes).clone(), inner.generation)
+    }
+
+    /// The bytes are those of a saved device: a driver that has read some of them goes on.
+    pub(crate) fn set_generation(&self, generation: u32) {
+        self.lock().generation = generation;
+    }
+
     /// Readers see no change from here on (3.4.2).
     pub(crate) fn hold(&self) {
         let mut inner = self.lock();

@@ -5,6 +5,7 @@
 use crate::controls::Controls;
 use crate::host_request::{HostError, HostReply, HostRequest};
 use crate::{ConfigSpace, DeviceType, Features, Queue, Status};
+pub use device_state::{Section as DeviceState, StateError};
 use reactor::{Mail, Reactor, Readiness, Token};
 use std::fmt;
 use std::sync::Arc;
@@ -194,6 +195,25 @@ pub trait VirtioDevice: Send + 'static {
         &mut self,
         mail: &[Mail<<Self::Worker as Worker>::Msg>],
     ) -> Result<Vec<Self::Worker>, DeviceError>;
+
+    /// What the device has to remember to go on elsewhere: not what the engine knows (features, status, configuration,
+    /// queues), and nothing that a new device has anyway. Chains that workers keep are named by their ids
+    /// ([`Queue::id`], asked in [`Worker::suspend`]). Every lane is at rest; the device may go on afterwards. Also called
+    /// once when the device is new, to learn whether it can be saved: one that keeps nothing returns
+    /// [`DeviceState::empty`].
+    fn save(&self, workers: &[Self::Worker]) -> Result<DeviceState, StateError> {
+        let _ = workers;
+        Err(StateError::Unsupported)
+    }
+
+    /// Takes over what [`save`](Self::save) returned, from outside and not to be trusted. The device is new or reset and
+    /// no queue runs; if it fails, [`reset`](Self::reset) follows. Then the configuration is written as by a migrating
+    /// front-end and has to be the saved one, the workers are [activated](Worker::activated) if the driver was ready,
+    /// and chains are [adopted](Queue::adopt) in the first [`Worker::queue_ready`].
+    fn restore(&mut self, workers: &mut [Self::Worker], state: &DeviceState) -> Result<(), StateError> {
+        let _ = (workers, state);
+        Err(StateError::Unsupported)
+    }
 
     /// Back to the state after creation. Every queue is stopped and every worker is here, in the order of the lanes.
     /// Also the way back after a worker failed or panicked, so it must not rely on their state. May be called twice in

@@ -14,6 +14,7 @@
 //! ```
 mod notification;
 mod reset_queue;
+mod snapshot;
 mod suspend;
 
 use crate::controls::Controls;
@@ -38,6 +39,8 @@ use std::time::{Duration, Instant};
 
 pub use notification::Notification;
 pub use reset_queue::QueueResetError;
+pub(crate) use snapshot::Collected;
+pub use snapshot::{SavedQueue, SnapshotError};
 pub use suspend::SuspendError;
 
 /// How long a stop or reset waits for chains unless the host says otherwise (failure policy 7).
@@ -121,6 +124,7 @@ struct Core<D: VirtioDevice> {
     /// Of each queue.
     totals: Vec<Arc<QueueTotals>>,
     shared: Arc<Shared>,
+    can_save: bool,
 }
 
 /// The engine of a device and the runners of its lanes.
@@ -192,6 +196,7 @@ impl<D: VirtioDevice> Engine<D> {
             return Err(EngineError::Description(format!("{} workers for {count} lanes", workers.len())));
         }
         let totals: Vec<_> = specs.iter().map(|_| Arc::<QueueTotals>::default()).collect();
+        let can_save = catch_unwind(AssertUnwindSafe(|| device.save(&workers).is_ok())).unwrap_or(false);
         let mut lanes = Vec::new();
         let mut runners = Vec::new();
         for ((index, worker), mail) in (0..count).zip(workers).zip(inboxes) {
@@ -229,6 +234,7 @@ impl<D: VirtioDevice> Engine<D> {
             lanes,
             totals,
             shared,
+            can_save,
         };
         Ok((Engine(Arc::new(core)), runners))
     }
@@ -521,7 +527,8 @@ impl<D: VirtioDevice> Engine<D> {
         };
         let over = ResetOver(self.0.clone());
         let afterwards = move || drop(over);
-        let meeting = Arc::new(Meeting::new(self.0.lanes.clone(), Box::new(agenda), Box::new(afterwards)));
+        let meeting =
+            Arc::new(Meeting::new(self.0.lanes.clone(), Box::new(agenda), Box::new(afterwards), true));
         let deadline = Instant::now() + STOP_DEADLINE;
         for lane in &self.0.lanes {
             lane.send(Command::CheckIn { meeting: meeting.clone(), deadline });

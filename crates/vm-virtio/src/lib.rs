@@ -29,12 +29,12 @@ mod ticket;
 
 pub use config::{ConfigError, ConfigSpace};
 pub use device::{
-    ConfigWriter, DeviceError, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session, Stop, VirtioDevice,
-    Worker,
+    ConfigWriter, DeviceError, DeviceState, HostEvent, HostEvents, Lane, QueueSpec, Queues, Session,
+    StateError, Stop, VirtioDevice, Worker,
 };
 pub use engine::{
     Engine, EngineAndLanes, EngineError, EngineOptions, FeatureError, Notification, QueueResetError,
-    QueueStart, SuspendError,
+    QueueStart, SavedQueue, SnapshotError, SuspendError,
 };
 pub use features::{DeviceType, Features};
 pub use host_request::{HostError, HostReply, HostRequest};

@@ -6,18 +6,20 @@
 //! | [`Entropy`] (`backend/`) | where bytes come from: the kernel, a file or device, a seeded generator |
 //! | [`RateLimit`] (`limit.rs`) | so many bytes in a period |
 //! | [`RngWorker`] (`worker.rs`) | serves the queue |
+//! | `state.rs` | what is saved |
 //!
 //! Two rules shape the worker: a request is answered with at least one byte or not yet (5.4.6.2), and nothing ever
 //! sleeps. So a request that cannot be served now - the source has nothing, the period's bytes are spent - stays in
 //! the ring, where a stop or reset finds nothing to wait for, until a timer or the source's file says to look again.
 mod backend;
 mod limit;
+mod state;
 mod worker;
 
 use std::io;
 
 use reactor::Mail;
-use vm_virtio::{DeviceError, DeviceType, Features, QueueSpec, VirtioDevice};
+use vm_virtio::{DeviceError, DeviceState, DeviceType, Features, QueueSpec, StateError, VirtioDevice};
 
 pub use backend::{Entropy, OpenError};
 pub use limit::{LimitError, RateLimit};
@@ -60,6 +62,16 @@ impl VirtioDevice for Rng {
     fn workers(&mut self, _mail: &[Mail<()>]) -> Result<Vec<RngWorker>, DeviceError> {
         let worker = self.worker.take().ok_or_else(|| DeviceError::new("the worker was made before"))?;
         Ok(vec![worker])
+    }
+
+    fn save(&self, workers: &[RngWorker]) -> Result<DeviceState, StateError> {
+        let worker = workers.first().ok_or(StateError::Unsupported)?;
+        DeviceState::encode(state::VERSION, &worker.save())
+    }
+
+    fn restore(&mut self, workers: &mut [RngWorker], state: &DeviceState) -> Result<(), StateError> {
+        let worker = workers.first_mut().ok_or(StateError::Unsupported)?;
+        worker.restore(state.decode(state::VERSION)?)
     }
 
     fn reset(&mut self, workers: &mut [RngWorker]) {

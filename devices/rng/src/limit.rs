@@ -4,6 +4,8 @@
 //! seen by another. A reset does not start a new period, or a guest could reset its way around the limit.
 use std::time::{Duration, Instant};
 
+use crate::state::PeriodV1;
+
 /// Longer periods are taken for this one: longer than any guest lives, and the clock does not overflow.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
@@ -86,6 +88,24 @@ impl Window {
         Ok(self.left)
     }
 
+    /// What another device has to know to go on in the middle of the period.
+    pub(crate) fn save(&self, now: Instant) -> PeriodV1 {
+        let left = |end: Instant| end.saturating_duration_since(now).as_millis();
+        PeriodV1 {
+            bytes: self.left,
+            milliseconds: self.ends.map(|end| u64::try_from(left(end)).unwrap_or(u64::MAX)),
+        }
+    }
+
+    /// Goes on in the middle of a period, but never beyond what this device may.
+    pub(crate) fn restore(&mut self, period: PeriodV1, now: Instant) {
+        let left = |ms| Duration::from_millis(ms).min(self.limit.period);
+        self.ends = period.milliseconds.map(|ms| now + left(ms));
+        // Without an end the period has not begun, and all of it is left.
+        let unbegun = self.ends.is_none();
+        self.left = if unbegun { self.limit.bytes } else { period.bytes.min(self.limit.bytes) };
+    }
+
     /// Bytes were handed out.
     pub(crate) fn take(&mut self, bytes: u64, now: Instant) {
         self.left = self.left.saturating_sub(bytes);
@@ -114,6 +134,27 @@ mod tests {
         );
         assert_eq!(window.allowed(start + PERIOD), Ok(100));
         assert_eq!(window.allowed(start + 5 * PERIOD), Ok(100), "idle periods are not saved up");
+    }
+
+    #[test]
+    fn a_saved_period_goes_on_and_a_hostile_one_is_cut_to_the_limit() {
+        let limit = RateLimit::new(100, PERIOD).unwrap();
+        let mut window = Window::new(limit);
+        let start = Instant::now();
+        window.take(60, start);
+        let saved = window.save(start + PERIOD / 2);
+        assert_eq!((saved.bytes, saved.milliseconds), (40, Some(5)));
+        let mut other = Window::new(limit);
+        other.restore(saved, start);
+        other.take(40, start);
+        assert_eq!(other.allowed(start), Err(start + PERIOD / 2));
+        other.restore(PeriodV1 { bytes: u64::MAX, milliseconds: Some(u64::MAX) }, start);
+        assert_eq!(other.allowed(start), Ok(100));
+        other.take(100, start);
+        assert_eq!(other.allowed(start), Err(start + PERIOD));
+        // Nothing left and no end: the state of nobody. The next period begins at once.
+        other.restore(PeriodV1 { bytes: 0, milliseconds: None }, start);
+        assert_eq!(other.allowed(start), Ok(100));
     }
 
     #[test]

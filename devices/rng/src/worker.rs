@@ -5,11 +5,12 @@
 use std::time::Instant;
 
 use reactor::{Interest, Readiness, Token};
-use vm_virtio::{DeviceError, Lane, Stop, Worker};
+use vm_virtio::{DeviceError, Lane, StateError, Stop, Worker};
 
 use crate::RateLimit;
 use crate::backend::{Again, Filled, Source};
 use crate::limit::Window;
+use crate::state::RngV1;
 
 /// Most bytes that one request is answered with, however large its buffers are: one request must not keep the others
 /// waiting for long. The driver looks at the length (5.4.6.1).
@@ -39,6 +40,20 @@ impl RngWorker {
         let RngWorker { source, window: _, held } = self;
         source.reset();
         *held = false;
+    }
+
+    pub(crate) fn save(&self) -> RngV1 {
+        let now = Instant::now();
+        RngV1 { limit: self.window.as_ref().map(|window| window.save(now)), seeded: self.source.save() }
+    }
+
+    /// A limit that only one of both has is the host's to decide.
+    pub(crate) fn restore(&mut self, state: RngV1) -> Result<(), StateError> {
+        self.source.restore(state.seeded)?;
+        if let (Some(window), Some(period)) = (&mut self.window, state.limit) {
+            window.restore(period, Instant::now());
+        }
+        Ok(())
     }
 
     fn serve(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {

@@ -1,6 +1,6 @@
 //! What the engine tells a lane, and where workers meet the device.
 use crate::device::{Session, Stop, Worker};
-use crate::engine::QueueResetError;
+use crate::engine::{Collected, QueueResetError};
 use crate::lane::suspend::{By, Gathering};
 use crate::lane::{Call, Interrupt, Kick, StartError, StopError};
 use crate::ticket::Completer;
@@ -93,9 +93,31 @@ pub(crate) enum Command<W: Worker> {
         meeting: Arc<Meeting<W>>,
         deadline: Instant,
     },
-    /// The worker comes back.
-    Return(W),
+    /// Hand in the queues' states and the worker.
+    Save {
+        meeting: Arc<Meeting<W>>,
+        collected: Arc<Mutex<Collected>>,
+    },
+    /// Hand in the worker of a device that is reset.
+    Restore {
+        meeting: Arc<Meeting<W>>,
+    },
+    /// The worker comes back, reset or as it was.
+    Return {
+        worker: W,
+        reset: bool,
+    },
     Shutdown,
+}
+
+impl<W: Worker> Command<W> {
+    /// Whether it makes sense while the worker is away for a moment.
+    pub(super) fn needs_no_worker(&self) -> bool {
+        matches!(
+            self,
+            Command::Save { .. } | Command::Restore { .. } | Command::Return { .. } | Command::Shutdown
+        )
+    }
 }
 
 /// The engine's end of a lane.
@@ -128,6 +150,8 @@ type Afterwards = Box<dyn FnOnce() + Send>;
 struct Table<W: Worker> {
     seats: Vec<Option<W>>,
     stuck: bool,
+    /// Whether the agenda resets the workers: the failed work again.
+    resets: bool,
     agenda: Option<(Agenda<W>, Afterwards)>,
     lanes: Vec<LaneHandle<W>>,
 }
@@ -137,10 +161,16 @@ struct Table<W: Worker> {
 pub(crate) struct Meeting<W: Worker>(Mutex<Table<W>>);
 
 impl<W: Worker> Meeting<W> {
-    pub(crate) fn new(lanes: Vec<LaneHandle<W>>, agenda: Agenda<W>, afterwards: Afterwards) -> Self {
+    pub(crate) fn new(
+        lanes: Vec<LaneHandle<W>>,
+        agenda: Agenda<W>,
+        afterwards: Afterwards,
+        resets: bool,
+    ) -> Self {
         Meeting(Mutex::new(Table {
             seats: lanes.iter().map(|_| None).collect(),
             stuck: false,
+            resets,
             agenda: Some((agenda, afterwards)),
             lanes,
         }))
@@ -150,6 +180,13 @@ impl<W: Worker> Meeting<W> {
     pub(crate) fn arrive(&self, index: u16, worker: W, stuck: bool) {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         table.stuck |= stuck;
+        if table.agenda.is_none() {
+            // It was called off.
+            if let Some(lane) = table.lanes.get(usize::from(index)) {
+                lane.send(Command::Return { worker, reset: false });
+            }
+            return;
+        }
         if let Some(seat) = table.seats.get_mut(usize::from(index)) {
             *seat = Some(worker);
         }
@@ -157,7 +194,7 @@ impl<W: Worker> Meeting<W> {
             return;
         }
         let mut workers: Vec<W> = table.seats.iter_mut().filter_map(Option::take).collect();
-        let stuck = table.stuck;
+        let (stuck, reset) = (table.stuck, table.resets);
         let agenda = table.agenda.take();
         let lanes = std::mem::take(&mut table.lanes);
         drop(table);
@@ -165,8 +202,23 @@ impl<W: Worker> Meeting<W> {
         // A panic in here is the device's; the agenda's own drop guard reports it.
         let _ = catch_unwind(AssertUnwindSafe(|| agenda(&mut workers, stuck)));
         for (lane, worker) in lanes.iter().zip(workers) {
-            lane.send(Command::Return(worker));
+            lane.send(Command::Return { worker, reset });
         }
         afterwards();
+    }
+
+    /// A lane cannot come: its worker is at another meeting, which may wait for those who are here. Everybody goes home.
+    pub(crate) fn decline(&self) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let agenda = table.agenda.take();
+        let seats: Vec<Option<W>> = table.seats.iter_mut().map(Option::take).collect();
+        for (lane, worker) in table.lanes.iter().zip(seats) {
+            if let Some(worker) = worker {
+                lane.send(Command::Return { worker, reset: false });
+            }
+        }
+        drop(table);
+        // Answers those who wait, which is none of the table's business.
+        drop(agenda);
     }
 }

@@ -13,6 +13,7 @@
 //!   (failure policy 5), not the thread.
 mod command;
 mod ring;
+mod snapshot;
 mod stop;
 mod suspend;
 mod tally;
@@ -30,6 +31,7 @@ use reactor::{Event, Inbox, Interest, Reactor, SpinPolicy, Spinner, Token};
 use ring::Ring;
 use rustix::fd::AsFd;
 use std::any::Any;
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -124,6 +126,9 @@ pub struct LaneRunner<W: Worker> {
     called: bool,
     mail_waiting: bool,
     check_in: Option<stop::CheckIn<W>>,
+    /// The worker is with the device to be saved or restored, and comes back soon. Orders that mean it wait.
+    is_visiting: bool,
+    later: VecDeque<Command<W>>,
     pause: suspend::Pause,
     running: bool,
 }
@@ -166,6 +171,8 @@ impl<W: Worker> LaneRunner<W> {
             called: false,
             mail_waiting: false,
             check_in: None,
+            is_visiting: false,
+            later: VecDeque::new(),
             pause: suspend::Pause::default(),
             running: true,
         })
@@ -377,6 +384,9 @@ impl<W: Worker> LaneRunner<W> {
     }
 
     fn obey(&mut self, order: Command<W>) {
+        if self.is_visiting && !order.needs_no_worker() {
+            return self.later.push_back(order);
+        }
         match order {
             Command::Start { queue, ring, kick, call, done } => {
                 done.complete(self.start(queue, *ring, kick, call));
@@ -445,10 +455,19 @@ impl<W: Worker> LaneRunner<W> {
                 done.complete(());
             }
             Command::CheckIn { meeting, deadline } => self.begin_check_in(meeting, deadline),
-            Command::Return(worker) => {
+            Command::Save { meeting, collected } => self.save(&meeting, &collected),
+            Command::Restore { meeting } => self.hand_in_for_restore(&meeting),
+            Command::Return { worker, reset } => {
+                self.is_visiting = false;
                 self.worker = Some(worker);
-                self.failed = false;
+                self.failed &= !reset;
                 self.mail_waiting = true;
+                // One of them may send it away again.
+                while !self.is_visiting
+                    && let Some(order) = self.later.pop_front()
+                {
+                    self.obey(order);
+                }
             }
             Command::Shutdown => self.running = false,
         }
@@ -530,6 +549,10 @@ impl<W: Worker> LaneRunner<W> {
                 }
             }
             self.enter(|worker, lane| worker.queue_ready(number, lane));
+            // The first time after a restore was the time to adopt them.
+            if let Some(queue) = self.queue(at) {
+                queue.drop_unclaimed();
+            }
             worked = true;
         }
         worked

@@ -12,7 +12,9 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vm_virtio::Segment;
+use vm_virtio::{Segment, StateError};
+
+use crate::state::{SeededV1, other_source};
 
 use file::SharedFile;
 
@@ -126,6 +128,22 @@ impl Source {
         match self {
             Source::File(source) => Some(source.file()),
             Source::Kernel(_) | Source::Seeded(_) => None,
+        }
+    }
+
+    /// What a successor has to know. The kernel and files have nothing: their bytes are handed out once, by whomever.
+    pub(crate) fn save(&self) -> Option<SeededV1> {
+        match self {
+            Source::Seeded(source) => Some(source.save()),
+            Source::Kernel(_) | Source::File(_) => None,
+        }
+    }
+
+    pub(crate) fn restore(&mut self, state: Option<SeededV1>) -> Result<(), StateError> {
+        match (self, state) {
+            (Source::Seeded(source), Some(state)) => source.restore(&state),
+            (Source::Kernel(_) | Source::File(_), None) => Ok(()),
+            _ => Err(other_source()),
         }
     }
 

@@ -1,7 +1,9 @@
 //! A generator that gives the same bytes for the same seed: for tests, nothing to keep a secret with.
 use chacha20::ChaCha20Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
-use vm_virtio::Segment;
+use vm_virtio::{Segment, StateError};
+
+use crate::state::{SeededV1, other_source};
 
 use super::{Filled, pieces};
 
@@ -43,6 +45,27 @@ impl SeededSource {
             done += part;
         }
         Filled::Bytes(done)
+    }
+
+    pub(super) fn save(&self) -> SeededV1 {
+        // Words of four bytes, of which the rest of the block has not been handed out.
+        let generated = u64::try_from(self.generator.get_word_pos() * 4).unwrap_or(u64::MAX);
+        let position = generated - (BLOCK - self.next) as u64;
+        SeededV1 { seed: self.seed, guest: self.guest, position }
+    }
+
+    pub(super) fn restore(&mut self, state: &SeededV1) -> Result<(), StateError> {
+        if state.seed != self.seed {
+            return Err(other_source());
+        }
+        *self = SeededSource::new(self.seed, state.guest);
+        let (block, at) = (state.position / BLOCK as u64, (state.position % BLOCK as u64) as usize);
+        self.generator.set_word_pos(u128::from(block) * (BLOCK / 4) as u128);
+        if at > 0 {
+            self.generator.fill_bytes(&mut self.block);
+            self.next = at;
+        }
+        Ok(())
     }
 
     pub(super) fn reset(&mut self) {

@@ -301,9 +301,14 @@ impl FrontendEndpoint {
 
     /// A request without a reply of its own.
     fn command(&mut self, code: FrontendCode, body: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        let acknowledge = self.acknowledge && self.negotiated.contains(ProtocolFeatures::REPLY_ACK);
+        let acknowledge = self.acknowledges();
         self.send(code.code(), if acknowledge { flags::NEED_REPLY } else { 0 }, body, fds)?;
         if acknowledge { self.receive_ack(code) } else { Ok(()) }
+    }
+
+    /// Whether acknowledgements are wanted and possible.
+    fn acknowledges(&self) -> bool {
+        self.acknowledge && self.negotiated.contains(ProtocolFeatures::REPLY_ACK)
     }
 
     /// A request with a reply of its own.

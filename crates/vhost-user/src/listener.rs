@@ -39,6 +39,11 @@ impl BackendListener {
         Ok((BackendListener { socket, frames, output: Output::default(), negotiated }, other.into()))
     }
 
+    /// Says which protocol features hold from now on.
+    pub fn set_protocol_features(&mut self, negotiated: ProtocolFeatures) {
+        self.negotiated = negotiated;
+    }
+
     /// The next request, without waiting for it. `None`: it has not arrived completely.
     ///
     /// # Errors

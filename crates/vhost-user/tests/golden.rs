@@ -154,12 +154,11 @@ fn front_end_asks_for_acknowledgements_once_they_are_negotiated() {
             let result = (sample.call)(&mut frontend, &probes.fds());
             let bytes = read(&far, sample.bytes.len());
             if sample.reply.is_some() {
-                assert_eq!(
-                    (result.unwrap().as_str(), &bytes),
-                    (sample.result, &sample.bytes),
-                    "{}",
-                    sample.name()
-                );
+                use FrontendCode::{CheckDeviceState, IotlbMsg, PostcopyEnd};
+                // Whose own reply is no more than an acknowledgement.
+                let asks = matches!(sample.code, IotlbMsg | PostcopyEnd | CheckDeviceState);
+                let expected = if asks { with_need_reply(&sample.bytes) } else { sample.bytes.clone() };
+                assert_eq!((result.unwrap().as_str(), bytes), (sample.result, expected), "{}", sample.name());
                 continue;
             }
             assert_eq!(bytes, with_need_reply(&sample.bytes), "{}", sample.name());

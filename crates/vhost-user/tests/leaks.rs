@@ -5,7 +5,7 @@
 
 mod wire;
 
-use vhost_user::{Answer, Error};
+use vhost_user::{Answer, BackendChannel, BackendListener, BackendRequest, Error};
 use wire::{Probes, backend, message, samples, send, with_need_reply};
 
 fn open_files() -> usize {
@@ -51,6 +51,38 @@ fn no_descriptor_is_leaked_by_good_bad_cut_and_stray_messages() {
                     }
                     probes.assert_closed(&sample.name());
                     assert_eq!(open_files(), before, "{} with {fds} fds cut at {cut}", sample.name());
+                }
+            }
+        }
+    }
+    the_channel(before);
+}
+
+/// The same for the back-end's own requests.
+fn the_channel(before: usize) {
+    for sample in wire::backend::samples() {
+        let long = message(sample.code.code(), 9, &[&sample.bytes[12..], &[0]].concat());
+        for bytes in [with_need_reply(&sample.bytes), long, vec![0xff; 12]] {
+            for fds in [0, 1, 2, 8, 9, 20, 250] {
+                for cut in [1, 11, 12, bytes.len() - 1, bytes.len()] {
+                    let probes = Probes::new(fds);
+                    {
+                        let (mut listener, other) = BackendListener::pair(wire::features()).unwrap();
+                        let far = std::os::unix::net::UnixStream::from(other);
+                        let (first, second) = bytes.split_at(cut);
+                        send(&far, first, &probes.fds());
+                        if !second.is_empty() {
+                            send(&far, second, &probes.fds());
+                        }
+                        while let Ok(Some(_)) | Err(Error::Invalid { .. }) = listener.receive() {}
+                        // And as answers to a lookup, which bring descriptors, and to one that never comes.
+                        let mut channel = BackendChannel::new(far.into(), wire::features()).unwrap();
+                        channel.request((sample.request)(), true).unwrap();
+                        channel.request(BackendRequest::SharedObjectLookup([0; 16]), true).unwrap();
+                        let _ = listener.receive();
+                    }
+                    probes.assert_closed(sample.code.name());
+                    assert_eq!(open_files(), before, "{} with {fds} fds cut at {cut}", sample.code);
                 }
             }
         }

@@ -16,10 +16,11 @@ use vhost::vhost_user::{
     Result as Theirs, VhostUserBackendReqHandlerMut, VhostUserFrontend, VhostUserFrontendReqHandler,
     VhostUserFrontendReqHandlerMut,
 };
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_user::{
-    Answer, BackendChannel, BackendEndpoint, BackendListener, Error, FrontendEndpoint, FrontendRequest,
-    MemoryRegion, ProtocolFeatures, Sent, VringAddr,
+    Answer, BackendChannel, BackendEndpoint, BackendListener, BackendRequest, Error, FrontendEndpoint,
+    FrontendRequest, InflightArea, LogArea, MemoryRegion, MigrationPhase, ProtocolFeatures, Sent, ShmemRange,
+    TransferDirection, VringAddr,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,6 +33,31 @@ fn features() -> ProtocolFeatures {
         | ProtocolFeatures::CONFIG
         | ProtocolFeatures::RESET_DEVICE
         | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | ProtocolFeatures::LOG_SHMFD
+        | ProtocolFeatures::PAGEFAULT
+        | ProtocolFeatures::BACKEND_SEND_FD
+        | ProtocolFeatures::INFLIGHT_SHMFD
+        | ProtocolFeatures::SHARED_OBJECT
+        | ProtocolFeatures::DEVICE_STATE
+        | ProtocolFeatures::SHMEM_MAP
+}
+
+/// The file that the back-ends of these tests answer with: what was written to it tells it from others.
+fn answered_file() -> OwnedFd {
+    let (reader, mut writer) = io::pipe().unwrap();
+    io::Write::write_all(&mut writer, b"answered").unwrap();
+    reader.into()
+}
+
+fn is_answered_file(file: impl Into<File>) -> bool {
+    let mut bytes = [0; 8];
+    io::Read::read_exact(&mut file.into(), &mut bytes).is_ok() && &bytes == b"answered"
+}
+
+const OBJECT: [u8; 16] = *b"an object's uuid";
+
+fn object() -> VhostUserSharedMsg {
+    VhostUserSharedMsg { uuid: uuid::Uuid::from_bytes(OBJECT) }
 }
 
 /// Serves with our back-end until the other side goes; what it understood goes to the channel.
@@ -68,6 +94,18 @@ fn our_backend(socket: UnixStream) -> (thread::JoinHandle<()>, Receiver<Frontend
                     0 => Answer::Config((0..*size).map(|n| n as u8).collect()),
                     _ => Answer::Failed,
                 },
+                FrontendRequest::GetInflightFd(asked) => {
+                    let area = InflightArea { mmap_size: 0x1000, mmap_offset: 0x40, ..*asked };
+                    Answer::Inflight(area, answered_file())
+                }
+                FrontendRequest::GetSharedObject(OBJECT) | FrontendRequest::PostcopyAdvise => {
+                    Answer::Fd(answered_file())
+                }
+                FrontendRequest::GetSharedObject(_) => Answer::Failed,
+                FrontendRequest::SetDeviceStateFd { direction: TransferDirection::Load, .. } => {
+                    Answer::Fd(answered_file())
+                }
+                FrontendRequest::GetShmemConfig => Answer::ShmemConfig(vec![(0, 0x1000), (200, 0x20_0000)]),
                 FrontendRequest::SetVringNum { num, .. } if !num.is_power_of_two() => Answer::Failed,
                 _ => Answer::Done,
             };
@@ -186,6 +224,46 @@ fn their_front_end_and_our_back_end() {
         frontend.reset_device().unwrap();
         assert!(matches!(next(&requests), FrontendRequest::ResetDevice));
 
+        let log = VhostUserDirtyLogRegion { mmap_size: 0x100, mmap_offset: 8, mmap_handle: file.as_raw_fd() };
+        frontend.set_log_base(0, Some(log)).unwrap();
+        let area = LogArea { size: 0x100, offset: 8 };
+        assert!(matches!(next(&requests), FrontendRequest::SetLogBase(got, fd)
+            if got == area && same_file(&fd, &file)));
+        let asked = VhostUserInflight { num_queues: 2, queue_size: 256, ..VhostUserInflight::default() };
+        let (inflight, tracked) = frontend.get_inflight_fd(&asked).unwrap();
+        assert_eq!((inflight.mmap_size, inflight.mmap_offset), (0x1000, 0x40));
+        assert_eq!((inflight.num_queues, inflight.queue_size), (2, 256));
+        assert!(is_answered_file(tracked));
+        let area = InflightArea { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256 };
+        assert!(matches!(next(&requests), FrontendRequest::GetInflightFd(got) if got == area));
+        frontend.set_inflight_fd(&inflight, file.as_raw_fd()).unwrap();
+        let area = InflightArea { mmap_size: 0x1000, mmap_offset: 0x40, ..area };
+        assert!(matches!(next(&requests), FrontendRequest::SetInflightFd(got, fd)
+            if got == area && same_file(&fd, &file)));
+        let (stopped, end) = (VhostTransferStatePhase::STOPPED, || answered_file());
+        let own = frontend.set_device_state_fd(VhostTransferStateDirection::SAVE, stopped, end()).unwrap();
+        assert!(own.is_none());
+        assert!(matches!(next(&requests), FrontendRequest::SetDeviceStateFd { direction, fd, .. }
+            if direction == TransferDirection::Save && is_answered_file(fd.try_clone().unwrap())));
+        let own = frontend.set_device_state_fd(VhostTransferStateDirection::LOAD, stopped, end()).unwrap();
+        assert!(is_answered_file(own.unwrap()));
+        assert!(matches!(next(&requests), FrontendRequest::SetDeviceStateFd { .. }));
+        frontend.check_device_state().unwrap();
+        assert!(matches!(next(&requests), FrontendRequest::CheckDeviceState));
+        assert!(is_answered_file(frontend.get_shared_object(&object()).unwrap()));
+        assert!(matches!(next(&requests), FrontendRequest::GetSharedObject(OBJECT)));
+        let other = VhostUserSharedMsg { uuid: uuid::Uuid::from_bytes([7; 16]) };
+        assert!(frontend.get_shared_object(&other).is_err());
+        assert!(matches!(next(&requests), FrontendRequest::GetSharedObject(_)));
+        let shmem = frontend.get_shmem_config().unwrap();
+        let sizes = [shmem.memory_sizes[0], shmem.memory_sizes[1], shmem.memory_sizes[200]];
+        assert_eq!((shmem.nregions, sizes), (2, [0x1000, 0, 0x20_0000]));
+        assert!(matches!(next(&requests), FrontendRequest::GetShmemConfig));
+        assert!(is_answered_file(frontend.postcopy_advise().unwrap()));
+        assert!(matches!(next(&requests), FrontendRequest::PostcopyAdvise));
+        frontend.postcopy_listen().unwrap();
+        assert!(matches!(next(&requests), FrontendRequest::PostcopyListen));
+
         // A failure is told only to a front-end that asks.
         assert_eq!(frontend.set_vring_num(1, 100).is_err(), need_reply);
         assert!(matches!(next(&requests), FrontendRequest::SetVringNum { num: 100, .. }));
@@ -203,6 +281,31 @@ struct ConfigChanges(Sender<()>);
 impl VhostUserFrontendReqHandlerMut for ConfigChanges {
     fn handle_config_change(&mut self) -> HandlerResult<u64> {
         self.0.send(()).map_err(io::Error::other)?;
+        Ok(0)
+    }
+
+    fn shared_object_add(&mut self, id: &VhostUserSharedMsg) -> HandlerResult<u64> {
+        assert_eq!(id.uuid.as_bytes(), &OBJECT);
+        Ok(0)
+    }
+
+    fn shared_object_remove(&mut self, id: &VhostUserSharedMsg) -> HandlerResult<u64> {
+        assert_eq!(id.uuid.as_bytes(), &OBJECT);
+        Err(io::Error::from_raw_os_error(2))
+    }
+
+    fn shmem_map(&mut self, map: &VhostUserMMap, file: &dyn AsRawFd) -> HandlerResult<u64> {
+        let got = (map.shmid, map.fd_offset, map.shm_offset, map.len, map.flags);
+        assert_eq!(got, (3, 0x1000, 0x2000, 0x3000, 1));
+        // SAFETY: the listener keeps it open during this call.
+        let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(file.as_raw_fd()) };
+        assert!(is_answered_file(file.try_clone_to_owned().unwrap()));
+        Ok(0)
+    }
+
+    fn shmem_unmap(&mut self, map: &VhostUserMMap) -> HandlerResult<u64> {
+        let got = (map.shmid, map.shm_offset, map.len);
+        assert_eq!(got, (3, 0x2000, 0x3000));
         Ok(0)
     }
 }
@@ -230,6 +333,28 @@ fn our_channel_and_their_listener() {
     assert_eq!(channel.config_changed().unwrap(), Sent::Now);
     assert_eq!(listener.handle_request().unwrap(), 0);
     changed.try_recv().unwrap();
+    // What it answers, and what it does not. (It wants a descriptor with a lookup, which the document does not have.)
+    let range = ShmemRange { shmid: 3, offset: 0x2000, len: 0x3000 };
+    let map = BackendRequest::ShmemMap { range, fd: answered_file(), fd_offset: 0x1000, writable: true };
+    let asked = [
+        (BackendRequest::SharedObjectAdd(OBJECT), 0),
+        (BackendRequest::SharedObjectRemove(OBJECT), (-2_i64).cast_unsigned()),
+        (map, 0),
+        (BackendRequest::ShmemUnmap(range), 0),
+        (BackendRequest::ConfigChange, 0),
+    ];
+    for (request, expected) in asked {
+        let code = request.code();
+        let id = channel.request(request, true).unwrap();
+        let _ = listener.handle_request();
+        let reply = channel.receive().unwrap().unwrap();
+        assert_eq!((reply.id, reply.code, reply.value), (id, code, expected));
+        assert!(reply.fd.is_none());
+    }
+    channel.request(BackendRequest::SharedObjectAdd(OBJECT), false).unwrap();
+    assert_eq!(listener.handle_request().unwrap(), 0);
+    assert!(channel.receive().unwrap().is_none());
+    assert_eq!(channel.unanswered(), 0);
     drop(frontend);
     server.join().unwrap();
 }
@@ -354,19 +479,24 @@ impl VhostUserBackendReqHandlerMut for Record {
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Theirs<()> {
-        unreachable!()
+        self.note("gpu".into())
     }
 
-    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Theirs<File> {
-        unreachable!()
+    fn get_shared_object(&mut self, object: VhostUserSharedMsg) -> Theirs<File> {
+        match object.uuid.as_bytes() {
+            &OBJECT => Ok(answered_file().into()),
+            _ => Err(TheirError::InvalidParam),
+        }
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Theirs<(VhostUserInflight, File)> {
-        unreachable!()
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Theirs<(VhostUserInflight, File)> {
+        let area = VhostUserInflight { mmap_size: 0x1000, mmap_offset: 0x40, ..*asked };
+        Ok((area, answered_file().into()))
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Theirs<()> {
-        unreachable!()
+    fn set_inflight_fd(&mut self, area: &VhostUserInflight, _: File) -> Theirs<()> {
+        let (size, offset) = (area.mmap_size, area.mmap_offset);
+        self.note(format!("inflight {size:x} {offset:x} {} {}", area.num_queues, area.queue_size))
     }
 
     fn get_max_mem_slots(&mut self) -> Theirs<u64> {
@@ -391,23 +521,44 @@ impl VhostUserBackendReqHandlerMut for Record {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
         _: File,
     ) -> Theirs<Option<File>> {
-        unreachable!()
+        self.note(format!("state {direction:?}"))?;
+        Ok((direction == VhostTransferStateDirection::LOAD).then(|| answered_file().into()))
     }
 
+    /// Good the first time, bad the second.
     fn check_device_state(&mut self) -> Theirs<()> {
-        unreachable!()
+        let before = self.log.iter().filter(|line| *line == "check").count();
+        self.note("check".into())?;
+        if before == 0 { Ok(()) } else { Err(TheirError::InvalidParam) }
     }
 
     fn get_shmem_config(&mut self) -> Theirs<VhostUserShMemConfig> {
+        Ok(VhostUserShMemConfig::new(2, &[0, 0x1000, 0, 0x20_0000]))
+    }
+
+    fn postcopy_advice(&mut self) -> Theirs<File> {
+        Ok(answered_file().into())
+    }
+
+    fn postcopy_listen(&mut self) -> Theirs<()> {
+        self.note("listen".into())
+    }
+
+    fn postcopy_end(&mut self) -> Theirs<()> {
+        self.note("end".into())
+    }
+
+    fn postcopy_ack_mem_regions(&mut self) -> Theirs<()> {
         unreachable!()
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Theirs<()> {
-        unreachable!()
+    fn set_log_base(&mut self, log: &VhostUserLog, _: File) -> Theirs<()> {
+        let (size, offset) = (log.mmap_size, log.mmap_offset);
+        self.note(format!("log {size:x} {offset:x}"))
     }
 }
 
@@ -458,16 +609,42 @@ fn our_front_end_and_their_back_end() {
     assert!(matches!(frontend.get_config(1, 3, 1), Err(Error::Refused { .. })));
     frontend.set_config(2, 1, &[1, 2]).unwrap();
     frontend.reset_device().unwrap();
+    frontend.set_log_base(LogArea { size: 0x100, offset: 8 }, fd).unwrap();
+    let (area, file) = frontend.get_inflight_fd(2, 256).unwrap();
+    let expected = InflightArea { mmap_size: 0x1000, mmap_offset: 0x40, num_queues: 2, queue_size: 256 };
+    assert!(area == expected && is_answered_file(file));
+    frontend.set_inflight_fd(area, fd).unwrap();
+    assert!(is_answered_file(frontend.get_shared_object(OBJECT).unwrap()));
+    assert!(matches!(frontend.get_shared_object([7; 16]), Err(Error::Refused { code: 41, .. })));
+    let stopped = MigrationPhase::Stopped;
+    assert!(frontend.set_device_state_fd(TransferDirection::Save, stopped, fd).unwrap().is_none());
+    let own = frontend.set_device_state_fd(TransferDirection::Load, stopped, fd).unwrap();
+    assert!(is_answered_file(own.unwrap()));
+    frontend.check_device_state().unwrap();
+    assert!(matches!(frontend.check_device_state(), Err(Error::Refused { code: 43, .. })));
+    assert_eq!(frontend.get_shmem_config().unwrap(), [(1, 0x1000), (3, 0x20_0000)]);
+    let (near, _far) = UnixStream::pair().unwrap();
+    frontend.gpu_set_socket(near.as_fd()).unwrap();
+    assert!(is_answered_file(frontend.postcopy_advise().unwrap()));
+    frontend.postcopy_listen().unwrap();
 
     // It cannot send a change of the configuration; what it can send, we refuse when it is not negotiated.
-    let (mut listener, socket) = BackendListener::pair(features()).unwrap();
+    let unshared = features() - ProtocolFeatures::SHARED_OBJECT;
+    let (mut listener, socket) = BackendListener::pair(unshared).unwrap();
     frontend.set_backend_req_fd(socket.as_fd()).unwrap();
     drop(socket);
     let channel = record.lock().unwrap().channel.take().unwrap();
     let asked = thread::spawn(move || {
         channel.set_shared_object_flag(true);
         channel.set_reply_ack_flag(true);
-        channel.shared_object_add(&VhostUserSharedMsg::default())
+        let refused = channel.shared_object_add(&object());
+        channel.shared_object_remove(&object()).unwrap();
+        channel.set_shmem_flag(true);
+        let (shmid, fd_offset, shm_offset, len) = (3, 0x1000, 0x2000, 0x3000);
+        let map = VhostUserMMap { shmid, padding: [0; 7], fd_offset, shm_offset, len, flags: 1 };
+        channel.shmem_map(&map, &answered_file()).unwrap();
+        channel.shmem_unmap(&VhostUserMMap { flags: 0, ..map }).unwrap();
+        refused
     });
     match listener.wait(Duration::from_secs(10)) {
         Err(Error::Invalid { code: 6, reason: vhost_user::Reason::NotNegotiated(_), ticket }) => {
@@ -475,14 +652,26 @@ fn our_front_end_and_their_back_end() {
         }
         other => panic!("{other:?}"),
     }
+    listener.set_protocol_features(features());
+    let mut next = || {
+        let received = listener.wait(Duration::from_secs(10)).unwrap().unwrap();
+        listener.reply(received.ticket, Answer::Done).unwrap();
+        received.request
+    };
+    let range = ShmemRange { shmid: 3, offset: 0x2000, len: 0x3000 };
+    assert!(matches!(next(), BackendRequest::SharedObjectRemove(OBJECT)));
+    assert!(matches!(next(), BackendRequest::ShmemMap { range: got, fd, fd_offset: 0x1000, writable: true }
+        if got == range && is_answered_file(fd.try_clone().unwrap())));
+    assert!(matches!(next(), BackendRequest::ShmemUnmap(got) if got == range));
     assert!(asked.join().unwrap().is_err());
+    frontend.postcopy_end().unwrap();
 
     drop(frontend);
     server.join().unwrap();
     let expected = [
         "owner",
         "features 140000000",
-        "protocol a229",
+        "protocol 4cb72b",
         "region 100000 2000 70000000 3000",
         "region 200000 2000 70000000 3000",
         "add 300000",
@@ -499,6 +688,15 @@ fn our_front_end_and_their_back_end() {
         "get config 1 3 1",
         "set config 2 [1, 2] 1",
         "reset",
+        "log 100 8",
+        "inflight 1000 40 2 256",
+        "state SAVE",
+        "state LOAD",
+        "check",
+        "check",
+        "gpu",
+        "listen",
+        "end",
     ];
     assert_eq!(record.lock().unwrap().log, expected);
 }

@@ -10,6 +10,7 @@ use crate::body::{
     CRYPTO_SESSION_MIN, InflightArea, InflightBody, IotlbBody, MemTableHeader, ShmemConfigBody,
     SingleXenRegion, TransferBody, XenRegion,
 };
+use crate::header::flags;
 use crate::reply::TRANSFER_NO_FD;
 use crate::{
     Error, FrontendCode, IotlbChange, LogArea, MAX_BODY, MAX_FDS, MemoryRegion, MigrationPhase, ObjectId,
@@ -197,9 +198,11 @@ impl FrontendEndpoint {
         self.command(FrontendCode::RemMemReg, &[body.as_bytes()], &[])
     }
 
-    /// A request that is always answered with zero or an error.
+    /// A request that is always answered with zero or an error. Asked for all the same where that is possible, as QEMU
+    /// does: the `vhost` crate's back-end answers POSTCOPY_END only then.
     fn status(&mut self, code: FrontendCode, body: &[&[u8]]) -> Result<(), Error> {
-        self.send(code.code(), 0, body, &[])?;
+        let flags = if self.acknowledges() { flags::NEED_REPLY } else { 0 };
+        self.send(code.code(), flags, body, &[])?;
         self.receive_ack(code)
     }
 

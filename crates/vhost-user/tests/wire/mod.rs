@@ -2,6 +2,7 @@
 //! need to put bytes and descriptors on a socket.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod backend;
 mod extensions;
 
 use std::io::{IoSlice, IoSliceMut, PipeReader, Read};

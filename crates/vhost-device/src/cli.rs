@@ -42,6 +42,10 @@ pub struct CommonArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub ready_fd: Option<RawFd>,
 
+    /// Unix socket, for this user alone, on which vhost-ctl shows and changes what the daemon does
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
     /// How much to log on standard error
     #[arg(long, value_enum, value_name = "LEVEL", default_value_t)]
     pub log_level: LogLevel,
@@ -76,6 +80,12 @@ pub enum UsageError {
     /// A path that cannot be listened on.
     #[error(transparent)]
     Path(#[from] ListenError),
+    /// The path of the control socket cannot be listened on.
+    #[error("--control-socket: {0}")]
+    Control(#[source] ListenError),
+    /// One path cannot be both.
+    #[error("{0:?} is given to both --control-socket and a guest; use two paths")]
+    ControlIsSocket(PathBuf),
     /// A descriptor of `--fd` that cannot be served.
     #[error("--fd: {0}")]
     Fd(#[source] FdError),
@@ -150,6 +160,7 @@ impl Environment {
 pub(crate) struct Plan {
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) ready_fd: Option<OwnedFd>,
+    pub(crate) control_socket: Option<PathBuf>,
     pub(crate) without: Features,
     pub(crate) spin: Duration,
 }
@@ -190,6 +201,13 @@ impl CommonArgs {
         }
         // The paths before the descriptors: looking takes nothing.
         let mut endpoints = self.paths()?;
+        let control_socket = self.control_socket.clone();
+        if let Some(control) = &control_socket {
+            if endpoints.iter().any(|endpoint| matches!(endpoint, Endpoint::Path(path) if path == control)) {
+                return Err(UsageError::ControlIsSocket(control.clone()));
+            }
+            listen::check(control).map_err(UsageError::Control)?;
+        }
         if self.fds.len() > MAX_GUESTS as usize {
             return Err(UsageError::TooManyFds(self.fds.len()));
         }
@@ -199,7 +217,13 @@ impl CommonArgs {
                 .extend(inherit::sockets(&inherit::activation_fds(count)).map_err(UsageError::ListenFds)?);
         }
         let ready_fd = self.ready_fd.map(inherit::ready_fd).transpose().map_err(UsageError::ReadyFd)?;
-        Ok(Plan { endpoints, ready_fd, without, spin: Duration::from_micros(self.poll_us.into()) })
+        Ok(Plan {
+            endpoints,
+            ready_fd,
+            control_socket,
+            without,
+            spin: Duration::from_micros(self.poll_us.into()),
+        })
     }
 
     fn paths(&self) -> Result<Vec<Endpoint>, UsageError> {
@@ -349,6 +373,20 @@ mod tests {
         let tight = dir.path().join("x".repeat(107 - dir.path().as_os_str().len() - 1));
         assert!(plan(&format!("-s {}", tight.display())).is_ok());
         assert!(refusal(&format!("-s {} -c 1", tight.display())).contains("bytes"));
+    }
+
+    #[test]
+    fn bad_control_sockets() {
+        let dir = TempDir::new();
+        let base = dir.path().join("s");
+        let line = |control: &str| format!("-s {} --control-socket {control}", base.display());
+        assert!(refusal(&line(&base.display().to_string())).contains("both"));
+        let text = refusal(&line(&dir.path().display().to_string()));
+        assert!(text.contains("--control-socket") && text.contains("not a socket"), "{text}");
+        assert!(refusal(&line("/no/such/directory/c")).contains("does not exist"));
+        let planned = plan(&line(&dir.path().join("c").display().to_string())).unwrap();
+        assert_eq!(planned.control_socket, Some(dir.path().join("c")));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "planning creates nothing");
     }
 
     #[test]

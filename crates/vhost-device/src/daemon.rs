@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,6 +17,7 @@ use reactor::{Event, Interest, Reactor, SpinPolicy, Token};
 use vm_virtio::device::{DeviceError, VirtioDevice};
 use vm_virtio::{Engine, EngineError, EngineOptions, Features, LaneRunner};
 
+use crate::control;
 use crate::events::Events;
 use crate::guest::{Guest, Host, Source, Tokens};
 use crate::listen::{Endpoint, ListenError, Listener};
@@ -113,6 +115,8 @@ struct Prepared<D: VirtioDevice> {
     events: Arc<Events>,
     waker: Arc<TaskWaker>,
     socket: Socket,
+    /// Where the socket was made, if it was.
+    path: Option<PathBuf>,
 }
 
 /// What a guest's front-ends come from.
@@ -143,6 +147,7 @@ pub struct Daemon<D: VirtioDevice> {
     stopper: Stopper,
     pub(crate) signals: Option<Signals>,
     pub(crate) announcer: Announcer,
+    pub(crate) control: Option<control::Server>,
 }
 
 impl<D: VirtioDevice> Daemon<D> {
@@ -168,10 +173,12 @@ impl<D: VirtioDevice> Daemon<D> {
         }
         let mut guests = Vec::with_capacity(devices.len());
         for ((engine, lanes, events, waker), endpoint) in devices.into_iter().zip(endpoints) {
-            guests.push(Prepared { engine, lanes, events, waker, socket: Socket::open(endpoint)? });
+            let path = if let Endpoint::Path(path) = &endpoint { Some(path.clone()) } else { None };
+            let socket = Socket::open(endpoint)?;
+            guests.push(Prepared { engine, lanes, events, waker, socket, path });
         }
         let stopper = Stopper { asked: Arc::default(), waker };
-        Ok(Daemon { guests, stopper, signals: None, announcer: Announcer::default() })
+        Ok(Daemon { guests, stopper, signals: None, announcer: Announcer::default(), control: None })
     }
 
     /// Ends the daemon from elsewhere.
@@ -185,7 +192,7 @@ impl<D: VirtioDevice> Daemon<D> {
     ///
     /// [`DaemonError::System`] if threads or watches cannot be had; [`DaemonError::Interrupted`].
     pub fn serve(self) -> Result<(), DaemonError> {
-        let Daemon { guests, stopper, signals, mut announcer } = self;
+        let Daemon { guests, stopper, signals, mut announcer, mut control } = self;
         let system = |what| move |error| DaemonError::System(what, error);
         let mut reactor = Reactor::new().map_err(system("make a reactor"))?;
         reactor
@@ -215,13 +222,22 @@ impl<D: VirtioDevice> Daemon<D> {
                 }
                 Socket::Connected(stream) => Source::Connected(stream),
             };
-            let guest = Guest::new(index, prepared.engine, prepared.events, host.clone());
+            let guest = Guest::new(index, prepared.engine, prepared.events, host.clone(), prepared.path);
+            let guest = Rc::new(guest);
+            if let Some(control) = &mut control {
+                control.plane().add(guest.clone());
+            }
             tasks.push(Task::new(prepared.waker, guest.serve(source)));
         }
+        if let Some(control) = &mut control {
+            control
+                .start(&host.reactor, stopper.waker.clone())
+                .map_err(system("watch the control socket"))?;
+        }
         announcer.ready();
-        let served = main_loop(&host, &mut tasks, &stopper, signals.as_ref(), &mut announcer);
+        let served = main_loop(&host, &mut tasks, &stopper, signals.as_ref(), &mut announcer, &mut control);
         // Ends connections, removes sockets, and ends the lanes with the engines.
-        drop(tasks);
+        drop((tasks, control));
         if served.is_ok() {
             join(threads);
         }
@@ -252,8 +268,12 @@ fn main_loop(
     stopper: &Stopper,
     signals: Option<&Signals>,
     announcer: &mut Announcer,
+    control: &mut Option<control::Server>,
 ) -> Result<(), DaemonError> {
     loop {
+        if let Some(control) = control {
+            control.turn();
+        }
         for task in tasks.iter_mut() {
             task.run();
         }
@@ -274,6 +294,9 @@ fn main_loop(
                         tracing::info!("ending on {}", signal.name());
                         stopper.asked.fetch_add(1, Ordering::SeqCst);
                     }
+                }
+                Event::Ready { token, .. } | Event::Timer { token } if control::Server::owns(token) => {
+                    control.iter_mut().for_each(|control| control.event(token));
                 }
                 Event::Ready { token, .. } | Event::Timer { token } => {
                     if let Some(task) = tasks.get(Tokens::guest(token)) {

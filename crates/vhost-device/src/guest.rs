@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -95,16 +96,60 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) implied: Cell<Status>,
     /// Failures of workers that were told to a front-end.
     failures_told: Cell<u64>,
+    /// Where its front-ends connect, if that is a path.
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) counts: Counts,
+}
+
+/// What happened between a guest's front-ends and us.
+#[derive(Default)]
+pub(crate) struct Counts {
+    /// A front-end is there.
+    pub(crate) connected: Cell<bool>,
+    /// Front-ends that connected.
+    pub(crate) connects: Cell<u64>,
+    /// Messages, refused ones included.
+    pub(crate) messages: Cell<u64>,
+    /// Messages that were refused.
+    pub(crate) refused: Cell<u64>,
+    /// Connections that ended because of an error.
+    pub(crate) broken: Cell<u64>,
+    /// Front-ends that were turned away.
+    pub(crate) turned_away: Cell<u64>,
+}
+
+/// One more.
+pub(crate) fn count(counter: &Cell<u64>) {
+    counter.set(counter.get() + 1);
 }
 
 impl<D: VirtioDevice> Guest<D> {
-    pub(crate) fn new(index: u32, engine: Engine<D>, events: Arc<Events>, host: Rc<Host>) -> Guest<D> {
+    pub(crate) fn new(
+        index: u32,
+        engine: Engine<D>,
+        events: Arc<Events>,
+        host: Rc<Host>,
+        socket: Option<PathBuf>,
+    ) -> Guest<D> {
         let rings = engine.queues().len();
         let stopped_at = RefCell::new(vec![None; rings]);
         let (implied, failures_told) = (Cell::new(Status::empty()), Cell::new(0));
         let waiting = RefCell::default();
         let budget = Budget::share(host.guests);
-        Guest { index, engine, events, host, waiting, budget, stopped_at, implied, failures_told }
+        let counts = Counts::default();
+        Guest {
+            index,
+            engine,
+            events,
+            host,
+            waiting,
+            budget,
+            stopped_at,
+            implied,
+            failures_told,
+            socket,
+            counts,
+        }
     }
 
     pub(crate) fn tokens(&self) -> Tokens {
@@ -112,7 +157,7 @@ impl<D: VirtioDevice> Guest<D> {
     }
 
     /// Serves front-ends until the daemon ends, or, given a connection, until that ends.
-    pub(crate) async fn serve(self, source: Source) {
+    pub(crate) async fn serve(self: Rc<Self>, source: Source) {
         match source {
             Source::Connected(stream) => self.session(stream, None).await,
             Source::Listener(listener, _watch) => {
@@ -180,6 +225,7 @@ impl<D: VirtioDevice> Guest<D> {
     }
 
     fn turned_away(&self) {
+        count(&self.counts.turned_away);
         tracing::warn!(guest = self.index, "has a front-end already; another one was turned away");
     }
 
@@ -194,8 +240,14 @@ impl<D: VirtioDevice> Guest<D> {
         match Session::new(self, stream, listener) {
             Ok(mut session) => {
                 tracing::info!(guest = self.index, "front-end connected");
+                count(&self.counts.connects);
+                self.counts.connected.set(true);
                 let end = session.run().await;
                 session.close().await;
+                self.counts.connected.set(false);
+                if end.is_error() {
+                    count(&self.counts.broken);
+                }
                 tracing::info!(guest = self.index, "front-end gone: {end}");
             }
             Err(error) => tracing::warn!(guest = self.index, %error, "a connection could not be served"),

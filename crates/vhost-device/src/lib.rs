@@ -66,15 +66,20 @@
 //! | `guest` | a device and the front-ends that come and go |
 //! | `session` | one connection: messages to calls of the engine |
 //! | `ring`, `memory`, `mapping` | what a front-end said about rings and memory |
+//! | [`control`] | the control socket: status, counters, commands |
 //! | [`logging`], `notify`, `capabilities` | what the outside gets to see |
 use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
+use std::rc::Rc;
 
+use listen::ListenError;
+use logging::Logging;
 use vm_virtio::device::{DeviceError, VirtioDevice};
 
 mod capabilities;
 pub mod cli;
+pub mod control;
 mod daemon;
 mod events;
 mod guest;
@@ -171,9 +176,9 @@ where
     if args.print_capabilities {
         return ExitCode::from(print_capabilities(&identity));
     }
-    let limits = logging::init(args.log_level);
-    let outcome = try_run(args, &identity, make);
-    for line in limits.leftovers() {
+    let logging = Rc::new(logging::init(args.log_level));
+    let outcome = try_run(args, &identity, &logging, make);
+    for line in logging.leftovers() {
         eprintln!("{}: {line}", identity.name);
     }
     match outcome {
@@ -181,7 +186,10 @@ where
         Err(Failure::Usage(error)) => {
             eprintln!("{}: {error}", identity.name);
             // A socket that somebody else listens on is no mistake of the command line.
-            let in_use = matches!(error, UsageError::Path(listen::ListenError::InUse(_)));
+            let in_use = matches!(
+                error,
+                UsageError::Path(ListenError::InUse(_)) | UsageError::Control(ListenError::InUse(_))
+            );
             ExitCode::from(if in_use { EXIT_FAILURE } else { EXIT_USAGE })
         }
         Err(Failure::Daemon(error)) => {
@@ -191,7 +199,12 @@ where
     }
 }
 
-fn try_run<D, F>(args: &CommonArgs, identity: &Identity, make: F) -> Result<(), Failure>
+fn try_run<D, F>(
+    args: &CommonArgs,
+    identity: &Identity,
+    logging: &Rc<Logging>,
+    make: F,
+) -> Result<(), Failure>
 where
     D: VirtioDevice,
     F: FnMut(GuestIndex) -> Result<D, DeviceError>,
@@ -203,6 +216,10 @@ where
     let signals = signals::Signals::new().map_err(|error| DaemonError::System("receive signals", error))?;
     let options = DaemonOptions { without: plan.without, spin: plan.spin };
     let mut daemon = Daemon::new(plan.endpoints, options, make)?;
+    if let Some(path) = &plan.control_socket {
+        let plane = control::Plane::new(*identity, logging.clone());
+        daemon.control = Some(control::Server::bind(path, plane).map_err(DaemonError::Listen)?);
+    }
     daemon.signals = Some(signals);
     daemon.announcer = notify::Announcer::new(environment.notify_socket.as_deref(), plan.ready_fd);
     tracing::info!(guests = args.guest_count(), "{} {} serves", identity.name, identity.version);

@@ -13,12 +13,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Longest path of a socket in bytes: `sun_path` is 108 bytes with the terminating zero.
 const PATH_MAX: usize = 107;
+
+/// Connections of control clients that may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Where one guest's front-end comes from.
 #[derive(Debug)]
@@ -197,14 +200,20 @@ fn lock_directory(path: &Path) -> Option<File> {
 impl Listener {
     /// Binds `path`, replacing a stale socket.
     pub(crate) fn bind(path: &Path) -> Result<Listener, ListenError> {
+        Listener::bind_as(path, |path| UnixListener::bind(path))
+    }
+
+    fn bind_as(
+        path: &Path,
+        bind: impl FnOnce(&Path) -> io::Result<UnixListener>,
+    ) -> Result<Listener, ListenError> {
         check(path)?;
         let _lock = lock_directory(path);
         if occupied(path)? {
             tracing::info!(?path, "replacing a socket that nobody listens on");
             std::fs::remove_file(path).map_err(|error| ListenError::system("replace", path, error))?;
         }
-        let socket =
-            UnixListener::bind(path).map_err(|error| ListenError::system("listen on", path, error))?;
+        let socket = bind(path).map_err(|error| ListenError::system("listen on", path, error))?;
         // From here on the file is ours to remove, whatever fails.
         let file = std::fs::symlink_metadata(path)
             .map(|meta| SocketFile { path: path.to_owned(), device: meta.dev(), inode: meta.ino() })
@@ -212,6 +221,19 @@ impl Listener {
         let listener = Listener { socket, file: Some(file) };
         listener.socket.set_nonblocking(true).map_err(|error| ListenError::system("prepare", path, error))?;
         Ok(listener)
+    }
+
+    /// As [`Listener::bind`], for this user alone: the file has mode 0600 from the moment when it is there.
+    pub(crate) fn bind_private(path: &Path) -> Result<Listener, ListenError> {
+        Listener::bind_as(path, |path| {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // Linux makes the file with the mode of the socket itself (unix(7): subject to the umask).
+            rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+            rustix::net::listen(&socket, BACKLOG)?;
+            Ok(UnixListener::from(socket))
+        })
     }
 
     /// Takes a socket that listens already; its file belongs to who made it.

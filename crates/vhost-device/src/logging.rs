@@ -5,14 +5,19 @@
 //! passes, or at the end. Lines of different call sites do not compete.
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tracing::callsite::Identifier;
 use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::{Format, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::{LookupSpan, Registry};
+use tracing_subscriber::reload;
 
 /// Lines that a call site may write at once.
 const BURST: u32 = 10;
@@ -20,7 +25,8 @@ const BURST: u32 = 10;
 const REFILL: Duration = Duration::from_secs(5);
 
 /// How much is logged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LogLevel {
     /// Nothing.
     Off,
@@ -61,7 +67,11 @@ struct Allowance {
 
 /// The allowances of all call sites. Their number is bounded by the program's text.
 #[derive(Debug, Default)]
-pub(crate) struct Limits(Mutex<HashMap<Identifier, Allowance>>);
+pub(crate) struct Limits {
+    sites: Mutex<HashMap<Identifier, Allowance>>,
+    /// Lines that were suppressed so far.
+    suppressed: AtomicU64,
+}
 
 impl Limits {
     /// Whether an event of this call site may be written now: `Some(n)` if so, with how many were not before it.
@@ -70,7 +80,7 @@ impl Limits {
         if *place.level() > tracing::Level::INFO {
             return Some(0);
         }
-        let mut sites = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
         let site = sites.entry(place.callsite()).or_insert_with(|| Allowance {
             lines: BURST,
             refilled: now,
@@ -90,6 +100,7 @@ impl Limits {
             }
             None => {
                 site.suppressed += 1;
+                self.suppressed.fetch_add(1, Ordering::Relaxed);
                 None
             }
         }
@@ -97,7 +108,7 @@ impl Limits {
 
     /// What was suppressed and not reported yet, for the end of the process.
     pub(crate) fn leftovers(&self) -> Vec<String> {
-        let mut sites = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
         let silenced = sites.values_mut().filter(|site| site.suppressed > 0);
         silenced
             .map(|site| {
@@ -139,24 +150,66 @@ where
     }
 }
 
+/// Changes the level of a subscriber.
+type Filter = reload::Handle<LevelFilter, Registry>;
+
 /// A subscriber that writes to `writer`.
-fn subscriber<W>(level: LogLevel, limits: Arc<Limits>, writer: W) -> impl Subscriber + Send + Sync
+fn subscriber<W>(level: LogLevel, limits: Arc<Limits>, writer: W) -> (impl Subscriber + Send + Sync, Filter)
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    tracing_subscriber::fmt()
-        .with_max_level(tracing_subscriber::filter::LevelFilter::from(level.max()))
+    let (filter, handle) = reload::Layer::new(LevelFilter::from(level.max()));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .with_ansi(false)
-        .event_format(Limited { limits, format: Format::default().with_ansi(false).with_target(false) })
-        .finish()
+        .event_format(Limited { limits, format: Format::default().with_ansi(false).with_target(false) });
+    (Registry::default().with(filter).with(lines), handle)
+}
+
+/// The log of this process.
+pub(crate) struct Logging {
+    limits: Arc<Limits>,
+    filter: Filter,
+    level: std::cell::Cell<LogLevel>,
+    /// Lines go through our subscriber.
+    ours: bool,
+}
+
+impl Logging {
+    /// What was suppressed and not reported yet, for the end of the process.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        self.limits.leftovers()
+    }
+
+    /// How many lines were suppressed so far.
+    pub(crate) fn suppressed(&self) -> u64 {
+        self.limits.suppressed.load(Ordering::Relaxed)
+    }
+
+    /// How much is logged.
+    pub(crate) fn level(&self) -> LogLevel {
+        self.level.get()
+    }
+
+    /// Logs more or less from now on.
+    pub(crate) fn set_level(&self, level: LogLevel) -> Result<(), &'static str> {
+        if !self.ours {
+            return Err("this program has a log of its own, whose level cannot be changed here");
+        }
+        self.filter
+            .modify(|filter| *filter = LevelFilter::from(level.max()))
+            .map_err(|_| "the log's level cannot be changed any more")?;
+        self.level.set(level);
+        Ok(())
+    }
 }
 
 /// Sends log lines of this process to standard error. A subscriber that is there already stays.
-pub(crate) fn init(level: LogLevel) -> Arc<Limits> {
+pub(crate) fn init(level: LogLevel) -> Logging {
     let limits = Arc::new(Limits::default());
-    let _ = tracing::subscriber::set_global_default(subscriber(level, limits.clone(), std::io::stderr));
-    limits
+    let (subscriber, filter) = subscriber(level, limits.clone(), std::io::stderr);
+    let ours = tracing::subscriber::set_global_default(subscriber).is_ok();
+    Logging { limits, filter, level: level.into(), ours }
 }
 
 #[cfg(test)]
@@ -190,7 +243,7 @@ mod tests {
         let buffer = Buffer::default();
         let limits = Arc::new(Limits::default());
         let writer = buffer.clone();
-        let subscriber = subscriber(LogLevel::Info, limits.clone(), move || writer.clone());
+        let (subscriber, _) = subscriber(LogLevel::Info, limits.clone(), move || writer.clone());
         tracing::subscriber::with_default(subscriber, || {
             for i in 0..1000 {
                 tracing::warn!(i, "the guest did it again");
@@ -232,11 +285,22 @@ mod tests {
     }
 
     #[test]
-    fn levels_below_the_wanted_one_are_silent() {
+    fn levels_below_the_wanted_one_are_silent_until_another_is_wanted() {
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let subscriber = subscriber(LogLevel::Off, Arc::default(), move || writer.clone());
-        tracing::subscriber::with_default(subscriber, || tracing::error!("no"));
-        assert!(buffer.lines().is_empty());
+        let (subscriber, filter) = subscriber(LogLevel::Off, Arc::default(), move || writer.clone());
+        let log = Logging { limits: Arc::default(), filter, level: LogLevel::Off.into(), ours: true };
+        let speak = |text: &str| tracing::debug!("{text}");
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error!("no");
+            speak("no");
+            log.set_level(LogLevel::Debug).unwrap();
+            speak("yes");
+            log.set_level(LogLevel::Warn).unwrap();
+            speak("no");
+        });
+        let lines = buffer.lines();
+        assert!(lines.len() == 1 && lines[0].contains("yes"), "{lines:?}");
+        assert_eq!(log.level(), LogLevel::Warn);
     }
 }

@@ -29,7 +29,7 @@ use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
 use vm_virtio::engine::STOP_DEADLINE;
 use vm_virtio::{Features, GuestRam, HostEvent, Ticket, WaitFor};
 
-use crate::guest::Guest;
+use crate::guest::{Guest, count};
 use crate::listen::Listener;
 use crate::memory::{MEMORY_SLOTS, MemoryTable};
 use crate::ring::Ring;
@@ -55,6 +55,13 @@ pub(crate) enum End {
     Desynced,
     /// The daemon ends.
     Stopping,
+}
+
+impl End {
+    /// Whether something went wrong: a front-end that just goes is in order.
+    pub(crate) fn is_error(&self) -> bool {
+        !matches!(self, End::Connection(Error::Disconnected) | End::Stopping)
+    }
 }
 
 impl fmt::Display for End {
@@ -126,15 +133,19 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             let outcome = match self.next().await {
                 Next::End(end) => return end,
                 Next::Refused { error, ticket } => {
+                    count(&self.guest.counts.messages);
+                    count(&self.guest.counts.refused);
                     tracing::warn!(guest = self.guest.index, error, "message refused");
                     self.endpoint.reply(ticket, Answer::Failed)
                 }
                 Next::Request(Received { request, ticket }) => {
+                    count(&self.guest.counts.messages);
                     let code = request.code();
                     tracing::debug!(guest = self.guest.index, ?code, "message");
                     let (answer, desyncs) = match self.handle(request).await {
                         Ok(answer) => (answer, false),
                         Err(error) => {
+                            count(&self.guest.counts.refused);
                             tracing::warn!(guest = self.guest.index, ?code, %error, "message refused");
                             (Answer::Failed, error.desyncs())
                         }

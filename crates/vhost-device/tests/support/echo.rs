@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use reactor::Mail;
+use vm_virtio::controls::{Argument, ControlCommand, ControlRequest, Controls, Kind, Property, Value};
 use vm_virtio::device::{ConfigWriter, DeviceError, Lane, QueueSpec, Stop, VirtioDevice, Worker};
-use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, Queue};
+use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, HostError, HostReply, HostRequest, Queue};
 
 /// A feature of the device's own.
 pub const FEATURE: Features = Features::from_bits_retain(1 << 5);
@@ -31,6 +32,8 @@ pub struct Echo {
     config: Arc<ConfigSpace>,
     queues: u16,
     lanes: u16,
+    /// A number that only control clients care about.
+    volume: u64,
 }
 
 impl Echo {
@@ -40,6 +43,7 @@ impl Echo {
             config: Arc::new(ConfigSpace::new((0..config).map(|i| i as u8).collect())),
             queues: 1,
             lanes: 1,
+            volume: 5,
         }
     }
 
@@ -80,6 +84,42 @@ impl VirtioDevice for Echo {
         let worker =
             || EchoWorker { config: self.config.clone(), held: Vec::new(), clung: Vec::new(), count: 0 };
         Ok((0..self.lanes).map(|_| worker()).collect())
+    }
+
+    fn controls(&self) -> Controls {
+        let by = Argument { name: "by".into(), kind: Kind::ANY_U64, required: true, help: "how much".into() };
+        Controls {
+            properties: vec![
+                Property::settable("volume", Kind::U64 { min: 0, max: 11 }, "loudness"),
+                Property::read_only("model", Kind::Text { max: 16 }, "what it is"),
+            ],
+            commands: vec![
+                ControlCommand { name: "louder".into(), arguments: vec![by], help: "adds to volume".into() },
+                ControlCommand { name: "panic".into(), arguments: vec![], help: "panics".into() },
+            ],
+        }
+    }
+
+    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
+        let HostRequest::Control(request) = request else { return Err(HostError::Unsupported) };
+        match request {
+            ControlRequest::Get(name) if name == "volume" => Ok(HostReply::Value(Value::U64(self.volume))),
+            ControlRequest::Get(_) => Ok(HostReply::Value(Value::Text("echo".into()))),
+            ControlRequest::Set(_, Value::U64(volume)) => {
+                self.volume = volume;
+                Ok(HostReply::Done)
+            }
+            ControlRequest::Run(name, _) if name == "panic" => panic!("asked to panic"),
+            ControlRequest::Run(_, arguments) => {
+                let louder = self.volume.saturating_add(arguments.u64("by").unwrap_or(0));
+                if louder > 11 {
+                    return Err(HostError::Refused("it goes to eleven".into()));
+                }
+                self.volume = louder;
+                Ok(HostReply::Value(Value::U64(louder)))
+            }
+            _ => Err(HostError::Unsupported),
+        }
     }
 
     fn reset(&mut self, workers: &mut [EchoWorker]) {

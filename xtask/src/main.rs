@@ -49,11 +49,11 @@ enum Task {
         #[arg(long)]
         no_guest: bool,
     },
-    /// Measure our speed beside that of others
+    /// Measure our speed beside that of others; without a name, list what there is to measure
     Bench {
         /// What to measure
-        #[arg(value_parser = ["rings", "daemon"], default_value = "rings")]
-        name: String,
+        #[arg(value_parser = bench::NAMES.map(|(name, _)| name))]
+        name: Option<String>,
         /// Arguments for the benchmark itself
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -111,7 +111,8 @@ fn run(task: Task) -> Result<bool> {
         Task::Test { filter, deny_skips, no_guest } => {
             test::run(&test::Options { filter, deny_skips, no_guest })
         }
-        Task::Bench { name, arguments } => bench::run(&name, &arguments),
+        Task::Bench { name: Some(name), arguments } => bench::run(&name, &arguments),
+        Task::Bench { name: None, .. } => bench::list(),
         Task::Lab { path: true, .. } => {
             println!("{}", lab::folder()?.display());
             Ok(true)

@@ -65,6 +65,11 @@ impl Workspace {
         programs.map(|target| target.name.clone()).filter(|name| name.starts_with(DAEMON)).collect()
     }
 
+    /// Where builds end up.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// Where release builds of programs end up.
     pub(crate) fn release(&self) -> PathBuf {
         self.target.join("release")
@@ -77,7 +82,7 @@ impl Workspace {
         for name in programs {
             build.args(["--bin", name]);
         }
-        let mut step = Step::start("daemons", &format!("building {}", programs.join(", ")));
+        let mut step = Step::start("programs", &format!("building {}", programs.join(", ")));
         command::run(
             &mut build,
             &mut step,

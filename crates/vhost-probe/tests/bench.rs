@@ -185,3 +185,14 @@ fn floors_are_in_the_table_the_json_and_the_plot_and_a_failed_back_end_is_named(
     let svg = std::fs::read_to_string(svg).unwrap();
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && svg.contains("bad&lt;1&gt;"));
 }
+
+#[test]
+fn a_back_end_that_does_not_start_is_named() {
+    let output = bench(&["--layout", "split", "--spawn", "gone=false {}", "--spawn", "none=/nonexistent {}"]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(!output.status.success());
+    assert!(table.contains("ended before it listened"), "{table}");
+    assert_eq!(table.matches("FAILED").count(), 2, "{table}");
+    let output = bench(&["--spawn", "nosocket=true"]);
+    assert_eq!(output.status.code(), Some(2));
+}

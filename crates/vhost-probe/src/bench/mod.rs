@@ -18,7 +18,7 @@ use virtio_testkit::load::{Entropy, LoadError, LoadOptions, LoadSession, Placeme
 use virtio_testkit::{RingLayout, TestRam};
 use vm_virtio::Features;
 
-use contender::{Backend, Contender};
+use contender::{Backend, Contender, Spawned};
 pub(crate) use contender::{FloorArguments, serve_floor};
 use report::{Case, Outcome, Report};
 
@@ -31,8 +31,14 @@ use report::{Case, Outcome, Report};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Sockets of entropy devices, each with a name for the table if you like
-    #[arg(required = true, value_name = "[NAME=]PATH")]
+    #[arg(required_unless_present = "spawn", value_name = "[NAME=]PATH")]
     backends: Vec<Backend>,
+
+    /// A back-end to start anew for each case: {} stands for the path of its socket (or its beginning, if it appends a 0)
+    ///
+    /// Words are separated by spaces; nothing is quoted. For example: --spawn "ours=vhost-device-rng --socket-path {}"
+    #[arg(long, value_name = "NAME=COMMAND")]
+    spawn: Vec<Spawned>,
 
     /// Layouts of the ring
     #[arg(long, value_delimiter = ',', value_name = "LAYOUT", value_parser = layout, default_value = "split,packed")]
@@ -115,6 +121,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
         contenders.extend(Contender::floors());
     }
     contenders.extend(arguments.backends.iter().cloned().map(Contender::Backend));
+    contenders.extend(arguments.spawn.iter().cloned().map(Contender::Spawned));
     let to_stdout = arguments.json.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let mut report = Report::new(contenders.iter().map(Contender::name).collect());
     for case in cases(arguments) {

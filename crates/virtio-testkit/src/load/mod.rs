@@ -16,7 +16,7 @@ mod ring;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
@@ -175,9 +175,9 @@ const SOCKET: u64 = 1;
 
 /// Where a back-end is.
 #[derive(Debug)]
-pub enum Target<'a> {
+pub enum Target {
     /// It listens there.
-    Path(&'a Path),
+    Path(PathBuf),
     /// It holds the other end, and is the process of this number.
     Connected(UnixStream, u32),
 }
@@ -188,7 +188,7 @@ impl<'m, R: Requests> LoadSession<'m, R> {
     /// # Errors
     /// [`LoadError::NotOffered`] for a layout that the back-end does not have; others for a back-end that fails.
     pub fn open(
-        target: Target<'_>,
+        target: Target,
         ram: &'m TestRam,
         options: LoadOptions,
         mut requests: R,
@@ -196,7 +196,7 @@ impl<'m, R: Requests> LoadSession<'m, R> {
         let chains: Vec<Vec<Buf>> =
             (0..options.depth.max(1)).map(|slot| requests.chain(usize::from(slot), ram)).collect();
         let (mut endpoint, known) = match target {
-            Target::Path(path) => (connect(path)?, None),
+            Target::Path(path) => (connect(&path)?, None),
             Target::Connected(socket, pid) => (FrontendEndpoint::new(socket), Some(pid)),
         };
         let mut wanted = VhostUserOptions::new(options.layout);

@@ -219,7 +219,9 @@ impl<D: VirtioDevice> MemoryHost<D> {
     pub fn start_queue(&mut self, queue: usize, state: Option<QueueState>) {
         let config = self.rings[queue].queue_config();
         let call: Call = Some(Arc::clone(&self.calls[queue]) as Arc<dyn Interrupt>);
-        let order = self.engine.start(queue as u16, QueueStart { config, state, kick: Kick::Manual, call });
+        let order = self
+            .engine
+            .start(queue as u16, QueueStart { config, state, inflight: None, kick: Kick::Manual, call });
         self.finish(order).expect("a queue that starts");
     }
 

@@ -26,8 +26,8 @@ use crate::lane::{
 };
 use crate::ticket::{Completer, Ticket, ticket};
 use crate::{
-    ConfigError, ConfigSpace, DeviceType, DirtyLog, Features, GuestAddress, GuestRam, Queue, QueueConfig,
-    QueueState, Status,
+    ConfigError, ConfigSpace, DeviceType, DirtyLog, Features, GuestAddress, GuestRam, InflightRegion, Queue,
+    QueueConfig, QueueState, Status,
 };
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
@@ -139,6 +139,9 @@ pub struct QueueStart {
     pub config: QueueConfig,
     /// Where it continues; none: from the beginning.
     pub state: Option<QueueState>,
+    /// Where it keeps what is in flight, so that a successor of this process takes it again; what a predecessor has
+    /// left there comes first. No other queue that runs may have it.
+    pub inflight: Option<InflightRegion>,
     /// How kicks come in.
     pub kick: Kick,
     /// How interrupts go out.
@@ -407,7 +410,13 @@ impl<D: VirtioDevice> Engine<D> {
             // The lanes wait for the queues that were there when it began.
             return Ticket::ready(Err(StartError::Resetting));
         }
-        let ring = match Queue::new(start.config, &control.ram, control.driver, start.state) {
+        let ring = match Queue::tracked(
+            start.config,
+            &control.ram,
+            control.driver,
+            start.state,
+            start.inflight.as_ref(),
+        ) {
             Ok(ring) => Box::new(ring),
             Err(error) => {
                 // Size and addresses are the driver's: as bad as a broken ring (failure policy 1).

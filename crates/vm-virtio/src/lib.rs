@@ -40,6 +40,6 @@ pub use features::{DeviceType, Features};
 pub use host_request::{HostError, HostReply, HostRequest};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, DirtyLog, GuestAddress, GuestRam, MemFault, Segment};
-pub use queue::{Chain, Queue, QueueConfig, QueueError, QueueState, RingPos};
+pub use queue::{Chain, InflightError, InflightRegion, Queue, QueueConfig, QueueError, QueueState, RingPos};
 pub use status::Status;
 pub use ticket::Ticket;

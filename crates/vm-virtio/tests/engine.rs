@@ -256,6 +256,7 @@ impl Rig {
         let start = QueueStart {
             config: self.rings[at].queue_config(),
             state: None,
+            inflight: None,
             kick: Kick::Manual,
             call: Some(self.bells[at].clone()),
         };
@@ -472,6 +473,7 @@ fn a_drain_waits_for_what_is_out_and_tells_where_it_stopped() {
         let start = QueueStart {
             config: rig.rings[0].queue_config(),
             state: Some(state),
+            inflight: None,
             kick: Kick::Manual,
             call: Some(rig.bells[0].clone()),
         };
@@ -619,6 +621,7 @@ fn starts_that_make_no_sense_are_refused() {
     let start = |rig: &Rig, ring: usize| QueueStart {
         config: rig.rings[ring].queue_config(),
         state: None,
+        inflight: None,
         kick: Kick::Manual,
         call: None,
     };
@@ -710,7 +713,13 @@ fn spinning_lanes_serve_without_kicks_and_still_sleep() {
 fn a_ring_without_kick_file_is_polled() {
     let mut rig = Rig::bare(RingLayout::Split, |_| {});
     rig.negotiate();
-    let start = QueueStart { config: rig.rings[0].queue_config(), state: None, kick: Kick::Poll, call: None };
+    let start = QueueStart {
+        config: rig.rings[0].queue_config(),
+        state: None,
+        inflight: None,
+        kick: Kick::Poll,
+        call: None,
+    };
     let ticket = rig.engine.start(0, start);
     rig.done(ticket).unwrap();
     let ticket = rig.engine.enable(0, true);

@@ -135,6 +135,7 @@ impl Rig {
             QueueStart {
                 config: self.rings[q as usize].queue_config(),
                 state: None,
+                inflight: None,
                 kick: Kick::Manual,
                 call,
             },
@@ -293,7 +294,13 @@ fn a_queue_does_not_start_while_a_reset_is_under_way() {
     r.step();
     let start = r.engine.start(
         1,
-        QueueStart { config: r.rings[1].queue_config(), state: None, kick: Kick::Manual, call: None },
+        QueueStart {
+            config: r.rings[1].queue_config(),
+            state: None,
+            inflight: None,
+            kick: Kick::Manual,
+            call: None,
+        },
     );
     assert!(matches!(r.done(start), Some(Err(StartError::Resetting))));
     held.lock().unwrap().clear();

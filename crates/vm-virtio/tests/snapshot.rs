@@ -488,6 +488,7 @@ proptest! {
                 let start = vm_virtio::QueueStart {
                     config: queue.config,
                     state: Some(queue.state),
+                    inflight: None,
                     kick: vm_virtio::Kick::Manual,
                     call: None,
                 };

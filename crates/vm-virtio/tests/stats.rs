@@ -129,6 +129,7 @@ impl Rig {
         let start = QueueStart {
             config: self.ring.queue_config(),
             state: None,
+            inflight: None,
             kick: Kick::Manual,
             call: Some(Arc::new(Bell)),
         };

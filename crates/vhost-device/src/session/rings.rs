@@ -146,7 +146,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let ring = &self.rings[at];
         let Some(kick) = &ring.kick else { return Err(RingError::Incomplete) };
         let queue = at as u16;
-        let start = QueueStart { config, state, kick: kick.for_engine()?, call: ring.call() };
+        let start = QueueStart { config, state, inflight: None, kick: kick.for_engine()?, call: ring.call() };
         let engine = &self.guest.engine;
         // A reset has disabled it in the engine.
         engine.enable(queue, ring.enabled).await;

@@ -403,10 +403,8 @@ impl<W: Worker> LaneRunner<W> {
                     self.rings[at].call = call;
                     // What was published for the old file may have gone unheard: better one interrupt too many.
                     // Also while the ring is disabled: it completes what is out.
-                    if self.pause.asked() {
-                        self.rings[at].unheard = true;
-                    } else if self.live && self.queue(at).is_some() {
-                        self.signal(at);
+                    if self.queue(at).is_some() {
+                        self.signal_unheard(at);
                     }
                 }
                 done.complete(());
@@ -428,7 +426,12 @@ impl<W: Worker> LaneRunner<W> {
                     self.live = true;
                     self.enter(|worker, lane| worker.activated(&session, lane));
                     // 3.1.1: buffers may be in the rings already.
-                    (0..self.rings.len()).for_each(|at| self.regate(at));
+                    for at in 0..self.rings.len() {
+                        self.regate(at);
+                        if self.rings[at].unheard {
+                            self.signal_unheard(at);
+                        }
+                    }
                 }
                 drop(done);
             }
@@ -485,6 +488,7 @@ impl<W: Worker> LaneRunner<W> {
                 .map_err(StartError::Kick)?;
         }
         queue.set_waker(self.waker.clone());
+        let follows = queue.follows();
         *slot = Some(queue);
         let ring = &mut self.rings[at];
         ring.stopped();
@@ -492,7 +496,20 @@ impl<W: Worker> LaneRunner<W> {
         ring.call = call;
         self.renew_log(at);
         self.regate(at);
+        if follows {
+            // Whoever had the queue before may have died between a publication and its interrupt.
+            self.signal_unheard(at);
+        }
         Ok(())
+    }
+
+    /// Sends an interrupt that the driver may have missed; later, if nothing may be sent now.
+    fn signal_unheard(&mut self, at: usize) {
+        self.rings[at].unheard = true;
+        if self.live && !self.pause.asked() {
+            self.rings[at].unheard = false;
+            self.signal(at);
+        }
     }
 
     /// The log, or what of the ring is logged, has changed.

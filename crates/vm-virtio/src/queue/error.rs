@@ -2,6 +2,7 @@
 use std::fmt;
 
 use super::MAX_CHAIN_BYTES;
+use super::inflight::InflightError;
 
 /// One of the three areas of a virtqueue (2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,10 @@ pub enum QueueError {
     /// The state to begin with contradicts itself or the queue.
     #[error("the queue's state is not valid: {0}")]
     State(&'static str),
+
+    /// What is in flight cannot be tracked there, or not be taken over from there.
+    #[error("in-flight tracking: {0}")]
+    Inflight(#[from] InflightError),
 
     // Violations: latched as faults.
     /// The available index is further ahead than the ring has entries (2.7.13.3).

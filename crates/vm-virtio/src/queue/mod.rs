@@ -17,6 +17,8 @@
 //! | `gather.rs`, `indirect.rs` | one chain while it is popped |
 //! | `arena/`, `segment_pool.rs`, `chain.rs` | popped chains and their handles |
 //! | `in_order.rs` | completions that are held back |
+//! | `inflight/` | which chains are out, for the successor of a process that is killed |
+//! | `stores.rs` | what is stored there and in rings, so that tests can let the process die in between |
 //! | `log.rs` | what is marked in the log of dirty pages |
 //! | `rw.rs` | reading and writing a chain's bytes |
 //! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
@@ -29,6 +31,7 @@ mod error;
 mod gather;
 mod in_order;
 mod indirect;
+mod inflight;
 mod log;
 mod packed;
 mod restore;
@@ -37,6 +40,7 @@ mod rw;
 mod segment_pool;
 mod split;
 mod state;
+mod stores;
 
 #[cfg(test)]
 mod tests;
@@ -45,6 +49,10 @@ use crate::Features;
 use crate::memory::{GuestRam, Segment};
 use arena::{Arena, Mark};
 use in_order::{InOrder, Run};
+use inflight::Tracker;
+use inflight::again::Again;
+use inflight::packed::PackedInflight;
+use inflight::split::SplitInflight;
 use log::QueueLog;
 use packed::Packed;
 use split::Split;
@@ -54,6 +62,7 @@ pub use chain::{Chain, ChainId};
 pub use config::{MAX_QUEUE_SIZE, QueueConfig};
 pub use counters::QueueCounters;
 pub use error::{QueueArea, QueueError};
+pub use inflight::{InflightError, InflightRegion};
 pub use rw::{Reader, ShortChain, Writer};
 pub use state::{HeldChain, QueueState, RingPos};
 
@@ -84,13 +93,18 @@ enum Ring {
 
 /// A virtqueue.
 pub struct Queue {
-    /// How many chains may have been popped: 0 if the queue is closed or faulted.
+    /// How many chains may have been popped by the short way: 0 as long as some are to be popped again, else `allowed`.
     limit: u64,
+    /// How many chains may have been popped: 0 if the queue is closed or faulted.
+    allowed: u64,
     ring: Ring,
     arena: Arena,
     in_order: Option<Box<InOrder>>,
     log: Option<Box<QueueLog>>,
-    /// Completions take the long way: for their order, or because of the log.
+    again: Option<Box<Again>>,
+    /// It goes on where another process ended.
+    follows: bool,
+    /// Completions take the long way: for their order, the log, or in-flight tracking.
     slowly: bool,
     size: u16,
     closed: bool,
@@ -125,24 +139,53 @@ impl Queue {
         features: Features,
         state: Option<QueueState>,
     ) -> Result<Queue, QueueError> {
+        Queue::tracked(config, ram, features, state, None)
+    }
+
+    /// The same, with what is in flight kept in a region. If that is a region of a queue whose process was killed, the
+    /// chains that it had are popped again, in the same order, before any other; where the queue goes on is then told
+    /// by region and ring, and `state` does not matter.
+    pub fn tracked(
+        config: QueueConfig,
+        ram: &GuestRam,
+        features: Features,
+        state: Option<QueueState>,
+        region: Option<&InflightRegion>,
+    ) -> Result<Queue, QueueError> {
         let packed = features.contains(Features::RING_PACKED);
         let negotiated = Negotiated {
             indirect: features.contains(Features::INDIRECT_DESC),
             event_idx: features.contains(Features::EVENT_IDX),
         };
         let areas = config.resolve(ram, packed)?;
-        let state = state.unwrap_or_default();
-        let ring = if packed {
+        let mut state = state.unwrap_or_default();
+        let (mut tracker, mut again, mut follows) = (None, None, false);
+        if let Some(region) = region {
+            let recovered = inflight::recover(region, &areas, config.size, packed, &state)?;
+            tracker = Some(recovered.tracker);
+            again = (!recovered.again.is_empty()).then(|| Box::new(Again::new(recovered.again)));
+            follows = recovered.state.is_some();
+            state = recovered.state.unwrap_or(state);
+        }
+        let mut ring = if packed {
             Ring::Packed(Packed::new(&config, &areas, negotiated, &state)?)
         } else {
             Ring::Split(Split::new(&config, &areas, negotiated, &state)?)
         };
+        match (tracker, &mut ring) {
+            (Some(Tracker::Split(tracker)), Ring::Split(ring)) => ring.inflight = Some(tracker),
+            (Some(Tracker::Packed(tracker)), Ring::Packed(ring)) => ring.inflight = Some(tracker),
+            _ => {}
+        }
         let in_order = features.contains(Features::IN_ORDER).then(|| Box::new(InOrder::new(config.size)));
         let mut queue = Queue {
             limit: 0,
+            allowed: 0,
             ring,
             arena: Arena::new(config.size, ram.clone()),
-            slowly: in_order.is_some(),
+            again,
+            follows,
+            slowly: false,
             in_order,
             log: None,
             size: config.size,
@@ -159,6 +202,7 @@ impl Queue {
         queue.restore_held(state.held)?;
         queue.counted_from = (queue.arena.popped(), queue.arena.ended());
         queue.set_budget(u32::MAX);
+        queue.choose_way();
         Ok(queue)
     }
 
@@ -167,7 +211,7 @@ impl Queue {
     #[inline]
     pub fn pop(&mut self) -> Option<Chain> {
         if self.arena.popped() >= self.limit {
-            return None;
+            return self.pop_again();
         }
         let chain = match &mut self.ring {
             Ring::Split(ring) => ring.pop(&self.arena),
@@ -183,7 +227,16 @@ impl Queue {
     #[inline(never)]
     fn popped(&mut self, chain: Option<Chain>) -> Option<Chain> {
         if let Some(chain) = &chain {
-            if let (Some(in_order), Some(slot)) = (&mut self.in_order, self.arena.slot(chain)) {
+            let slot = self.arena.slot(chain)?;
+            match &mut self.ring {
+                Ring::Split(ring) => {
+                    if let Some(inflight) = &mut ring.inflight {
+                        inflight.pop(slot.id());
+                    }
+                }
+                Ring::Packed(ring) => ring.note(slot),
+            }
+            if let Some(in_order) = &mut self.in_order {
                 in_order.order.push_back(self.arena.index_of(slot));
             }
         } else {
@@ -243,6 +296,13 @@ impl Queue {
     /// back to the driver (2.4.1).
     pub fn give_up(&mut self) {
         self.given_up = true;
+        self.again = None;
+        self.choose_limit();
+        match &mut self.ring {
+            Ring::Split(ring) => drop(ring.inflight.take().map(SplitInflight::forget)),
+            Ring::Packed(ring) => drop(ring.inflight.take().map(PackedInflight::forget)),
+        }
+        self.choose_way();
     }
 
     fn give_up_slot(&mut self, slot: u32) {
@@ -259,9 +319,12 @@ impl Queue {
     /// Puts the chain that was popped last back, to be popped again; any other one comes back as the error.
     pub fn unpop(&mut self, chain: Chain) -> Result<(), Chain> {
         let slot = self.arena.end_latest(chain)?;
-        match &mut self.ring {
-            Ring::Split(ring) => ring.unpop(),
-            Ring::Packed(ring) => ring.unpop(slot.descs()),
+        let number = self.arena.popped() + 1;
+        if !self.again.as_mut().is_some_and(|again| again.put_back(number)) {
+            match &mut self.ring {
+                Ring::Split(ring) => ring.unpop(slot.id()),
+                Ring::Packed(ring) => ring.unpop(slot),
+            }
         }
         let slot = self.arena.index_of(slot);
         if let Some(in_order) = &mut self.in_order {
@@ -269,6 +332,7 @@ impl Queue {
         }
         self.release(slot);
         self.drained.set(NEVER);
+        self.choose_limit();
         Ok(())
     }
 
@@ -346,8 +410,11 @@ impl Queue {
         if let Some(run) = self.in_order.as_mut().and_then(|in_order| in_order.flush()) {
             self.put_run(run);
         }
+        if self.log.is_none() {
+            return self.publish_tracked();
+        }
         let before = self.positions().1;
-        let wanted = self.publish_ring();
+        let wanted = self.publish_tracked();
         if self.positions().1 != before {
             self.log_rings();
         }
@@ -362,8 +429,20 @@ impl Queue {
         }
     }
 
+    #[inline(always)]
+    fn publish_tracked(&mut self) -> bool {
+        match &mut self.ring {
+            Ring::Split(ring) => ring.publish_tracked(),
+            Ring::Packed(ring) => ring.publish_tracked(),
+        }
+    }
+
     fn choose_way(&mut self) {
-        self.slowly = self.in_order.is_some() || self.log.is_some();
+        let tracked = match &self.ring {
+            Ring::Split(ring) => ring.inflight.is_some(),
+            Ring::Packed(ring) => ring.inflight.is_some(),
+        };
+        self.slowly = self.in_order.is_some() || self.log.is_some() || tracked;
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
@@ -377,7 +456,7 @@ impl Queue {
         let more = match &mut self.ring {
             Ring::Split(ring) => ring.arm(),
             Ring::Packed(ring) => ring.arm(),
-        };
+        } | self.resubmits();
         if self.slowly {
             self.log_rings();
         }
@@ -406,7 +485,7 @@ impl Queue {
         let available = match &self.ring {
             Ring::Split(ring) => ring.has_available(),
             Ring::Packed(ring) => ring.has_available(),
-        };
+        } || self.resubmits();
         if !available {
             self.drained.set(self.arena.popped());
         }
@@ -417,21 +496,27 @@ impl Queue {
     pub fn set_budget(&mut self, chains: u32) {
         self.budget = chains;
         self.drained.set(NEVER);
-        self.limit = match chains {
+        self.allowed = match chains {
             _ if self.closed || self.fault.is_some() => 0,
             u32::MAX => u64::MAX,
             _ => self.arena.popped() + u64::from(chains),
         };
+        self.choose_limit();
+    }
+
+    fn choose_limit(&mut self) {
+        self.limit = if self.resubmits() { 0 } else { self.allowed };
     }
 
     /// Whether the budget is what keeps [`Self::pop`] from popping.
     pub fn budget_spent(&self) -> bool {
-        !self.closed && self.fault.is_none() && self.arena.popped() >= self.limit
+        !self.closed && self.fault.is_none() && self.arena.popped() >= self.allowed
     }
 
     /// Pops nothing any more; takes completions.
     pub fn close(&mut self) {
         self.closed = true;
+        self.allowed = 0;
         self.limit = 0;
     }
 
@@ -489,7 +574,7 @@ impl Queue {
     /// Memory of former snapshots does not matter: what a front-end has taken away it may also truncate.
     #[inline]
     pub fn check_memory(&mut self) -> bool {
-        if !self.arena.ram().is_poisoned() && !self.log_is_lost() {
+        if !self.arena.ram().is_poisoned() && !self.log_is_lost() && !self.inflight_is_lost() {
             return true;
         }
         self.latch(QueueError::Poisoned);
@@ -499,6 +584,12 @@ impl Queue {
     /// How many former snapshots are kept for chains that are out.
     pub fn old_snapshots(&self) -> usize {
         self.arena.old_snapshots()
+    }
+
+    /// For the lane runtime: whether the queue goes on where another one ended, as its in-flight region told: that one's last
+    /// interrupt may be missing.
+    pub fn follows(&self) -> bool {
+        self.follows
     }
 
     /// Number of entries.
@@ -545,6 +636,7 @@ impl Queue {
     #[inline(never)]
     fn latch(&mut self, error: QueueError) {
         self.fault.get_or_insert(error);
+        self.allowed = 0;
         self.limit = 0;
     }
 
@@ -562,6 +654,7 @@ impl Queue {
             let Some(at) = self.arena.at(slot) else { return };
             let run = Run { id: at.id(), written, chains: 1, descs: at.descs() };
             self.put_run(run);
+            self.track_used(slot);
             self.release(slot);
             return;
         }
@@ -581,7 +674,34 @@ impl Queue {
             if let Some(run) = run {
                 self.put_run(run);
             }
+            self.track_used(first);
             self.release(first);
+        }
+    }
+
+    /// The chain of this slot is part of the batch that is published next.
+    #[inline(always)]
+    fn track_used(&mut self, slot: u32) {
+        let Some(slot) = self.arena.at(slot) else { return };
+        match &mut self.ring {
+            Ring::Split(ring) => {
+                if let Some(inflight) = &mut ring.inflight {
+                    inflight.put(slot.id());
+                }
+            }
+            Ring::Packed(ring) => {
+                if let Some(inflight) = &mut ring.inflight {
+                    inflight.put(slot.entry());
+                }
+            }
+        }
+    }
+
+    /// Whether the in-flight region lost its file.
+    fn inflight_is_lost(&self) -> bool {
+        match &self.ring {
+            Ring::Split(ring) => ring.inflight.as_ref().is_some_and(SplitInflight::is_lost),
+            Ring::Packed(ring) => ring.inflight.as_ref().is_some_and(PackedInflight::is_lost),
         }
     }
 

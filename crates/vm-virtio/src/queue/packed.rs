@@ -10,12 +10,13 @@
 //! is the bounds check, and a branch that is hardly ever taken. Publishing one buffer at a time is dearer by what is
 //! stored before it: the full barrier waits for all of that (a tenth of a nanosecond each, measured by adding stores to
 //! the benchmark's bare loop; longer ways of the id through memory made no difference). Batches pay it once.
-use super::arena::Arena;
+use super::arena::{Arena, Shape, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
 use super::gather::Gather;
 use super::indirect;
+use super::inflight::packed::PackedInflight;
 use super::ring_mem::{Desc, Descs, EventArea};
 use super::state::{QueueState, RingPos};
 use super::{INDIRECT, NEXT, Negotiated, WRITE};
@@ -36,18 +37,18 @@ const EVENT_DESC: u32 = 2;
 
 /// An offset in the ring and what flags descriptors have there in this lap.
 #[derive(Clone, Copy)]
-struct Cursor {
+pub(super) struct Cursor {
     index: u16,
     /// AVAIL and USED of an available descriptor: AVAIL as the wrap counter, USED the inverse (2.8.1).
     pattern: u16,
 }
 
 impl Cursor {
-    fn new(position: RingPos) -> Cursor {
+    pub(super) fn new(position: RingPos) -> Cursor {
         Cursor { index: position.index, pattern: if position.wrap { AVAIL } else { USED } }
     }
 
-    fn position(self) -> RingPos {
+    pub(super) fn position(self) -> RingPos {
         RingPos { index: self.index, wrap: self.wrap() }
     }
 
@@ -61,8 +62,21 @@ impl Cursor {
         if self.wrap() { u64::from(AVAIL_USED) << 48 } else { 0 }
     }
 
+    /// Whether the ring has an available descriptor here.
+    pub(super) fn is_available(self, ring: &Descs) -> bool {
+        ring.packed_is(self.index, self.pattern)
+    }
+
+    /// Takes the used flags from the descriptor here, if it has them, so that the driver does not take it for used.
+    /// What else is in it means nothing any more.
+    pub(super) fn make_available(self, ring: &Descs) {
+        if ring.packed_is(self.index, self.pattern ^ USED) {
+            ring.packed_store(self.index, u64::from(self.pattern) << 48);
+        }
+    }
+
     #[inline(always)]
-    fn step(&mut self, size: u16) {
+    pub(super) fn step(&mut self, size: u16) {
         self.index += 1;
         if self.index >= size {
             self.index = 0;
@@ -111,6 +125,7 @@ pub(super) struct Packed {
     in_flight: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
+    pub(super) inflight: Option<PackedInflight>,
 }
 
 impl Packed {
@@ -154,6 +169,7 @@ impl Packed {
             batch: 0,
             in_flight,
             armed: true,
+            inflight: None,
         })
     }
 
@@ -193,13 +209,7 @@ impl Packed {
             let descs = at.index + lap - start.index;
             (chain.finish(last.packed_id(), descs)?, descs)
         } else {
-            // A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
-            if desc.packed_flags() & NEXT != 0 {
-                return Err(QueueError::IndirectInList);
-            }
-            if !self.negotiated.indirect {
-                return Err(QueueError::IndirectNotNegotiated);
-            }
+            self.check_table(desc)?;
             at.step(self.size);
             (indirect::packed(Gather::new(arena, slot), desc.addr, desc.len(), desc.packed_id())?, 1)
         };
@@ -210,6 +220,70 @@ impl Packed {
         self.in_flight += descs;
         self.next_avail = at;
         Ok(Some(arena.take(slot, &shape)))
+    }
+
+    /// Pops a list that was popped before, and whose descriptors these were: see [`Self::pop`].
+    pub(super) fn pop_list(&self, arena: &Arena, descs: &[Desc]) -> Option<Chain> {
+        let popped = match arena.peek() {
+            None => arena.exhausted(),
+            Some(slot) => self.gather_list(arena, slot, descs).map(|shape| Some(arena.take(slot, &shape))),
+        };
+        popped.unwrap_or_else(|error| {
+            arena.park(error);
+            None
+        })
+    }
+
+    fn gather_list(&self, arena: &Arena, slot: &Slot, descs: &[Desc]) -> Result<Shape, QueueError> {
+        let mut chain = Gather::new(arena, slot);
+        if let [desc] = descs
+            && desc.packed_flags() & INDIRECT != 0
+        {
+            self.check_table(*desc)?;
+            return indirect::packed(chain, desc.addr, desc.len(), desc.packed_id());
+        }
+        let (mut id, mut left) = (0, descs.len());
+        for desc in descs {
+            let flags = desc.packed_flags();
+            left -= 1;
+            if flags & INDIRECT != 0 {
+                return Err(QueueError::IndirectInList);
+            }
+            if (flags & NEXT != 0) != (left > 0) {
+                return Err(QueueError::State("a list in flight has another length than it says"));
+            }
+            chain.add_any(*desc, flags & WRITE != 0)?;
+            id = desc.packed_id();
+        }
+        // Not more than there are entries.
+        chain.finish(id, descs.len() as u16)
+    }
+
+    /// A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
+    #[inline(always)]
+    fn check_table(&self, desc: Desc) -> Result<(), QueueError> {
+        if desc.packed_flags() & NEXT != 0 {
+            return Err(QueueError::IndirectInList);
+        }
+        if !self.negotiated.indirect {
+            return Err(QueueError::IndirectNotNegotiated);
+        }
+        Ok(())
+    }
+
+    /// Notes the list that was popped last in the in-flight region. Its descriptors are read once more: they do not
+    /// change, or who changed them is told of it when it comes back.
+    #[inline(always)]
+    pub(super) fn note(&mut self, slot: &Slot) {
+        let start = self.next_avail.back(slot.descs(), self.size).index;
+        let (ring, size) = (&self.ring, self.size);
+        if let Some(inflight) = &mut self.inflight {
+            let desc = |i| {
+                let at = start + i;
+                ring.any(if at >= size { at - size } else { at })
+            };
+            slot.set_entry(inflight.pop(slot.descs(), desc));
+        }
     }
 
     /// Walks a list of direct descriptors and returns the last one, which `at` is then at. It has no more descriptors
@@ -246,7 +320,11 @@ impl Packed {
     }
 
     /// Steps back over the list that was popped last.
-    pub(super) fn unpop(&mut self, descs: u16) {
+    pub(super) fn unpop(&mut self, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.unpop(slot.entry());
+        }
+        let descs = slot.descs();
         self.in_flight = self.in_flight.saturating_sub(descs);
         self.next_avail = self.next_avail.back(descs, self.size);
     }
@@ -296,6 +374,15 @@ impl Packed {
             // ENABLE; and what means nothing here (the reserved 3, DESC without the feature) loses no interrupt.
             _ => true,
         }
+    }
+
+    /// The same, with what is in flight.
+    #[inline(always)]
+    pub(super) fn publish_tracked(&mut self) -> bool {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.publishing(self.next_used.position());
+        }
+        self.publish()
     }
 
     #[inline(always)]

@@ -25,7 +25,8 @@ impl Queue {
         // Numbers wrap; no chain is 2^32 behind the latest.
         let latest = self.arena.latest();
         slots.sort_by_key(|slot| std::cmp::Reverse(latest.wrapping_sub(slot.seq())));
-        let held = slots.into_iter().map(|slot| self.held(slot)).collect();
+        let mut held: Vec<HeldChain> = slots.into_iter().map(|slot| self.held(slot)).collect();
+        held.append(&mut self.held_again());
         QueueState { avail, used, held }
     }
 
@@ -36,7 +37,7 @@ impl Queue {
         self.state()
     }
 
-    fn held(&self, slot: &Slot) -> HeldChain {
+    pub(super) fn held(&self, slot: &Slot) -> HeldChain {
         let ram = self.arena.ram_of(slot);
         let (readable, writable) = slot.segments();
         HeldChain {

@@ -6,6 +6,8 @@
 //! time: all accesses are atomic, each field is read once per call.
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use super::stores::store;
+
 /// A contiguous, aligned piece of guest memory in the host.
 pub(super) struct Area {
     host: *mut u8,
@@ -35,6 +37,12 @@ impl Desc {
     #[inline(always)]
     pub(super) fn new(addr: u64, word: u64) -> Desc {
         Desc { addr, word }
+    }
+
+    /// The half that is not the address.
+    #[inline(always)]
+    pub(super) fn word(self) -> u64 {
+        self.word
     }
 
     // The truncations below take the fields of the second word apart (2.7.5, 2.8.13).
@@ -145,8 +153,14 @@ impl Descs {
     #[inline(always)]
     pub(super) fn packed_store(&self, index: u16, word: u64) {
         if let Some((_, slot)) = self.words(index) {
-            slot.store(word.to_le(), Ordering::Relaxed);
+            store(|| slot.store(word.to_le(), Ordering::Relaxed));
         }
+    }
+
+    /// Reads a descriptor, whoever's it is; `None` beyond the end.
+    #[inline(always)]
+    pub(super) fn any(&self, index: u16) -> Option<Desc> {
+        self.split(index)
     }
 
     /// Writes the second word of the used descriptor that the driver polls, as a full barrier: the words stored
@@ -154,7 +168,7 @@ impl Descs {
     #[inline(always)]
     pub(super) fn packed_publish(&self, index: u16, word: u64) {
         if let Some((_, slot)) = self.words(index) {
-            slot.swap(word.to_le(), Ordering::SeqCst);
+            store(|| slot.swap(word.to_le(), Ordering::SeqCst));
         }
     }
 }
@@ -242,13 +256,13 @@ impl UsedRing {
     /// Sets the flags: whether kicks are wanted (without the event index).
     #[inline(always)]
     pub(super) fn set_flags(&self, flags: u16) {
-        self.half(0).swap(flags.to_le(), Ordering::SeqCst);
+        store(|| self.half(0).swap(flags.to_le(), Ordering::SeqCst));
     }
 
     /// Asks for a kick when the available index passes this one, as a full barrier.
     #[inline(always)]
     pub(super) fn set_avail_event(&self, index: u16) {
-        self.half(4 + 8 * (usize::from(self.mask) + 1)).swap(index.to_le(), Ordering::SeqCst);
+        store(|| self.half(4 + 8 * (usize::from(self.mask) + 1)).swap(index.to_le(), Ordering::SeqCst));
     }
 
     /// Writes an entry that no driver looks at yet.
@@ -259,14 +273,19 @@ impl UsedRing {
         // atomics may be shared.
         let (id_field, len_field): (&AtomicU32, &AtomicU32) =
             unsafe { (&*self.host.add(entry).cast(), &*self.host.add(entry + 4).cast()) };
-        id_field.store(u32::from(id).to_le(), Ordering::Relaxed);
-        len_field.store(len.to_le(), Ordering::Relaxed);
+        store(|| id_field.store(u32::from(id).to_le(), Ordering::Relaxed));
+        store(|| len_field.store(len.to_le(), Ordering::Relaxed));
     }
 
     /// Makes the entries before this index visible, as a full barrier: no later load is done before it.
     #[inline(always)]
     pub(super) fn publish(&self, idx: u16) {
-        self.half(2).swap(idx.to_le(), Ordering::SeqCst);
+        store(|| self.half(2).swap(idx.to_le(), Ordering::SeqCst));
+    }
+
+    /// The used index, as a queue before this one has left it.
+    pub(super) fn idx(&self) -> u16 {
+        u16::from_le(self.half(2).load(Ordering::Acquire))
     }
 }
 
@@ -298,6 +317,6 @@ impl EventArea {
     /// Writes all of it, as a full barrier.
     #[inline(always)]
     pub(super) fn store(&self, word: u32) {
-        self.word().swap(word.to_le(), Ordering::SeqCst);
+        store(|| self.word().swap(word.to_le(), Ordering::SeqCst));
     }
 }

@@ -5,12 +5,13 @@
 //! entries are visible before it (2.7.8.2), and the look at `used_event` or the flags comes after it. The driver does
 //! the reverse - stores its event, full barrier, looks at the index (2.7.14) - so one of both sees the other: no
 //! interrupt is lost. Arming is the same with `avail_event` and the available index (2.7.13.4.1).
-use super::arena::Arena;
+use super::arena::{Arena, Shape, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
 use super::gather::{Gather, walk};
 use super::indirect;
+use super::inflight::split::SplitInflight;
 use super::ring_mem::{AvailRing, Desc, Descs, UsedRing};
 use super::state::{QueueState, RingPos};
 use super::{INDIRECT, NEXT, Negotiated};
@@ -36,6 +37,7 @@ pub(super) struct Split {
     published: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
+    pub(super) inflight: Option<SplitInflight>,
 }
 
 impl Split {
@@ -81,6 +83,7 @@ impl Split {
             next_used: used,
             published: used,
             armed: true,
+            inflight: None,
         })
     }
 
@@ -111,23 +114,40 @@ impl Split {
         }
         let Some(slot) = arena.peek() else { return arena.exhausted() };
         let head = self.avail.head(self.next_avail);
+        let shape = self.gather(arena, slot, head)?;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(arena.take(slot, &shape)))
+    }
+
+    /// Pops a chain that was popped before, by its head: see [`Self::pop`].
+    pub(super) fn pop_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
+        let popped = match arena.peek() {
+            None => arena.exhausted(),
+            Some(slot) => self.gather(arena, slot, head).map(|shape| Some(arena.take(slot, &shape))),
+        };
+        popped.unwrap_or_else(|error| {
+            arena.park(error);
+            None
+        })
+    }
+
+    #[inline(always)]
+    fn gather(&self, arena: &Arena, slot: &Slot, head: u16) -> Result<Shape, QueueError> {
         let Some(desc) = self.desc.split(head) else { return Err(QueueError::Head(head)) };
-        let shape = if desc.split_flags() & INDIRECT == 0 {
+        if desc.split_flags() & INDIRECT == 0 {
             let mut chain = Gather::new(arena, slot);
             match walk(&mut chain, desc, |next| self.desc.split(next))? {
-                None => chain.finish(head, 1)?,
+                None => chain.finish(head, 1),
                 Some(table) => {
                     // Zero or more direct ones may come before it (2.7.5.3.2).
                     self.check_table(table)?;
-                    indirect::split_behind(chain, table.addr, table.len(), head)?
+                    indirect::split_behind(chain, table.addr, table.len(), head)
                 }
             }
         } else {
             self.check_table(desc)?;
-            indirect::split(Gather::new(arena, slot), desc.addr, desc.len(), head)?
-        };
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(arena.take(slot, &shape)))
+            indirect::split(Gather::new(arena, slot), desc.addr, desc.len(), head)
+        }
     }
 
     /// A descriptor that refers to a table is the last one. WRITE means nothing on it (2.7.5.3.2).
@@ -155,7 +175,10 @@ impl Split {
     }
 
     /// Steps back over the chain that was popped last.
-    pub(super) fn unpop(&mut self) {
+    pub(super) fn unpop(&mut self, head: u16) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.unpop(head);
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
@@ -183,6 +206,16 @@ impl Split {
         } else {
             self.avail.flags() & NO_INTERRUPT == 0
         }
+    }
+
+    /// The same, with what is in flight.
+    #[inline(always)]
+    pub(super) fn publish_tracked(&mut self) -> bool {
+        let wanted = self.publish();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.published);
+        }
+        wanted
     }
 
     #[inline(always)]

@@ -62,6 +62,8 @@ pub(super) struct Slot {
     mark: Cell<Mark>,
     /// Of the block that `segs` points at: see the pool. 0: `inline`.
     class: Cell<u8>,
+    /// In-flight tracking, packed: where in the region the chain is.
+    entry: Cell<u16>,
     inline: UnsafeCell<[MaybeUninit<Segment>; INLINE]>,
 }
 
@@ -116,6 +118,16 @@ impl Slot {
     #[inline(always)]
     pub(super) fn seq(&self) -> u32 {
         self.seq.get()
+    }
+
+    #[inline(always)]
+    pub(super) fn entry(&self) -> u16 {
+        self.entry.get()
+    }
+
+    #[inline(always)]
+    pub(super) fn set_entry(&self, entry: u16) {
+        self.entry.set(entry);
     }
 
     pub(super) fn written(&self) -> u32 {
@@ -359,6 +371,7 @@ impl Arena {
                 written: Cell::new(0),
                 mark: Cell::new(Mark::Out),
                 class: Cell::new(0),
+                entry: Cell::new(0),
                 inline: UnsafeCell::new([const { MaybeUninit::uninit() }; INLINE]),
             });
             &*slot

@@ -3,6 +3,7 @@
 mod chains;
 mod driver;
 mod hostile;
+mod inflight;
 mod log;
 mod malformed;
 mod model;

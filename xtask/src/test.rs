@@ -61,10 +61,9 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
             }
         }
     }
-    let daemons = workspace.daemons();
-    if !daemons.is_empty() {
-        workspace.build(&daemons)?;
-    }
+    let mut programs = workspace.daemons();
+    programs.push("vhost-ctl".into());
+    workspace.build(&programs)?;
     test.env(daemon::VARIABLE, workspace.release());
 
     let tally = stream(&mut test)?;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 mod bench;
+mod check;
 mod features;
 mod names;
 mod table;
@@ -25,6 +26,11 @@ struct Arguments {
 enum Task {
     /// Show what a back-end offers: features, protocol features, queues, memory slots, configuration space
     Features(features::Options),
+    /// Check a back-end against the rules of virtio and vhost-user
+    ///
+    /// Each rule is a line: kept, broken and how, or not applicable and why. Succeeds if none is broken. Every line begins
+    /// with a new connection and resets the device: not for one that a virtual machine uses.
+    Check(check::Options),
     Bench(Box<bench::Arguments>),
     #[command(hide = true)]
     Floor(bench::FloorArguments),
@@ -59,6 +65,7 @@ fn milliseconds(text: &str) -> Result<Duration, String> {
 fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Features(options) => features::run(&options),
+        Task::Check(options) => check::run(&options),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Floor(arguments) => bench::serve_floor(&arguments),
     }

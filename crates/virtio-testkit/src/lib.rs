@@ -9,6 +9,8 @@
 //! | [`RingDriver`] | one virtqueue, split or packed: chains of any shape, checks, raw access to break rules |
 //! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
+//! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
+//! | [`conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
 //! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
 //!
 //! # A device test
@@ -21,7 +23,9 @@
 //! let used = host.ring(0).used().expect("an answer");
 //! ```
 
+pub mod conformance;
 mod connect;
+pub mod hostile;
 pub mod load;
 mod memory_host;
 mod ram;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vm_virtio::{
     Call, ConfigSpace, Engine, EngineOptions, Features, HostEvent, HostEvents, Interrupt, Kick, LaneRunner,
-    QueueStart, QueueState, SavedQueue, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor,
+    QueueStart, QueueState, RingPos, SavedQueue, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor,
 };
 
 use crate::violation::expect;
@@ -45,6 +45,7 @@ pub struct MemoryHostBuilder<D: VirtioDevice> {
     without: Features,
     wanted: Features,
     queue_size: u16,
+    start: RingPos,
     ram: Option<TestRam>,
     tune: Box<dyn FnOnce(&mut EngineOptions)>,
 }
@@ -71,6 +72,12 @@ impl<D: VirtioDevice> MemoryHostBuilder<D> {
     /// Entries of each ring, at most what the device allows. 64 if not said otherwise.
     pub fn queue_size(mut self, size: u16) -> Self {
         self.queue_size = size;
+        self
+    }
+
+    /// Where the rings begin, see [`RingDriver::start_at`]; then [`MemoryHost::start_queue`] has to say the same.
+    pub fn start_at(mut self, start: RingPos) -> Self {
+        self.start = start;
         self
     }
 
@@ -107,7 +114,9 @@ impl<D: VirtioDevice> MemoryHostBuilder<D> {
             "the layout follows from the features"
         );
         let ram = self.ram.unwrap_or_else(|| TestRam::spread(2, 8 << 20));
-        let ring = |max: u16| RingDriver::new(&ram, self.layout, self.queue_size.min(max), features);
+        let ring = |max: u16| {
+            RingDriver::start_at(&ram, self.layout, self.queue_size.min(max), features, self.start)
+        };
         let rings: Vec<_> = engine.queues().iter().map(|spec| ring(spec.max_size)).collect();
         let calls = rings.iter().map(|_| Arc::new(Calls::default())).collect();
         let seen = vec![0; rings.len()];
@@ -147,6 +156,7 @@ impl<D: VirtioDevice> MemoryHost<D> {
             without: Features::empty(),
             wanted: Features::empty(),
             queue_size: 64,
+            start: RingPos::START,
             ram: None,
             tune: Box::new(|_| {}),
         }

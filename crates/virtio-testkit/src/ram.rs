@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -60,6 +60,7 @@ struct Inner {
     memory: GuestMemoryMmap,
     regions: Vec<RamRegion>,
     arena: Mutex<Arena>,
+    forbidden: OnceLock<RamRegion>,
 }
 
 /// Guest memory of one or more regions; a cheap handle, clones share the memory.
@@ -96,7 +97,8 @@ impl TestRam {
         // Guest address 0 stays unused: a test that sees it looks at an uninitialised field.
         let room = regions.iter().map(|r| (r.guest_addr.max(64), r.guest_addr + r.size)).collect();
         let arena = Arena { room, turn: 0, free: HashMap::new(), live: BTreeMap::new() };
-        TestRam(Arc::new(Inner { file, memory, regions, arena: Mutex::new(arena) }))
+        let (arena, forbidden) = (Mutex::new(arena), OnceLock::new());
+        TestRam(Arc::new(Inner { file, memory, regions, arena, forbidden }))
     }
 
     /// `count` regions of `size` bytes each, with holes of the same size between them, from address 0 on.
@@ -107,7 +109,13 @@ impl TestRam {
 
     /// The snapshot that a device in this process gets.
     pub fn ram(&self) -> GuestRam {
-        GuestRam::new(&self.0.memory)
+        match self.0.forbidden.get() {
+            None => GuestRam::new(&self.0.memory),
+            Some(region) => {
+                let rest = self.0.memory.remove_region(GuestAddress(region.guest_addr), region.size);
+                GuestRam::new(&rest.expect("a region of this memory").0)
+            }
+        }
     }
 
     /// The mapping itself, for hosts that take `vm-memory`'s type.
@@ -115,9 +123,33 @@ impl TestRam {
         &self.0.memory
     }
 
-    /// The regions, in the order of their guest addresses.
+    /// The regions, in the order of their guest addresses; without the forbidden one.
     pub fn regions(&self) -> &[RamRegion] {
-        &self.0.regions
+        let all = self.0.regions.as_slice();
+        if self.0.forbidden.get().is_some() { all.split_last().map_or(all, |(_, rest)| rest) } else { all }
+    }
+
+    /// Keeps the last region from the device: nothing is allocated there, nobody is told of it, and whoever changes it
+    /// is found out ([`TestRam::check_guards`]).
+    ///
+    /// # Panics
+    /// If it is not the last region, or something was allocated already.
+    pub fn forbid(&self, addr: GuestAddress) {
+        let region = *self.0.regions.last().expect("a region");
+        assert_eq!(region.guest_addr, addr.0, "the last region");
+        self.write(addr, &vec![GUARD_BYTE; region.size as usize]);
+        let mut arena = self.arena();
+        assert!(arena.live.is_empty(), "fresh memory");
+        arena.room.pop();
+        self.0.forbidden.set(region).expect("once");
+    }
+
+    /// The region that the device is not given.
+    ///
+    /// # Panics
+    /// If there is none: see [`TestRam::forbid`].
+    pub fn forbidden(&self) -> RamRegion {
+        *self.0.forbidden.get().expect("a forbidden region")
     }
 
     /// The memfd behind all regions.
@@ -192,7 +224,21 @@ impl TestRam {
                 ));
             }
         }
-        Ok(())
+        self.check_forbidden()
+    }
+
+    /// Checks that nobody wrote to memory that the device was not given.
+    pub fn check_forbidden(&self) -> Result<(), Violation> {
+        let Some(region) = self.0.forbidden.get() else { return Ok(()) };
+        let mut bytes = vec![0; region.size as usize];
+        self.read(GuestAddress(region.guest_addr), &mut bytes);
+        match bytes.iter().position(|byte| *byte != GUARD_BYTE) {
+            None => Ok(()),
+            Some(at) => Err(Violation::new(
+                "a device touches no memory but what it was given",
+                format!("byte {:#x} changed to {:#x}", region.guest_addr + at as u64, bytes[at]),
+            )),
+        }
     }
 
     /// A device-readable element with these contents.

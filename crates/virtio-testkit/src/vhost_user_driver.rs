@@ -100,13 +100,13 @@ pub struct VhostUserDriver {
     lines: Vec<Line>,
 }
 
-fn new_eventfd() -> Result<OwnedFd, Error> {
+pub(crate) fn new_eventfd() -> Result<OwnedFd, Error> {
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     fd.map_err(|error| Error::from(std::io::Error::from(error)))
 }
 
 /// What an eventfd has counted since it was last asked.
-fn counted(fd: &OwnedFd) -> u64 {
+pub(crate) fn counted(fd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
     match rustix::io::read(fd, &mut count) {
         Ok(8) => u64::from_ne_bytes(count),
@@ -472,7 +472,7 @@ impl VhostUserDriver {
 }
 
 /// A position as SET_VRING_BASE has it: split the next index, packed both positions with their wrap counters.
-fn base_of(state: &QueueState, layout: RingLayout) -> u32 {
+pub(crate) fn base_of(state: &QueueState, layout: RingLayout) -> u32 {
     let half = |pos: RingPos| u32::from(pos.index) | u32::from(pos.wrap) << 15;
     match layout {
         RingLayout::Split => u32::from(state.avail.index),

@@ -247,6 +247,14 @@ impl RingDriver {
         self.set_interrupts(Interrupts::Always);
     }
 
+    /// The format of the ring.
+    pub fn layout_of(&self) -> RingLayout {
+        match &self.rings {
+            Rings::Split(_) => RingLayout::Split,
+            Rings::Packed(_) => RingLayout::Packed,
+        }
+    }
+
     fn layout(&self) -> &dyn Layout {
         match &self.rings {
             Rings::Split(ring) => ring,
@@ -272,9 +280,14 @@ impl RingDriver {
     /// The state in which a device has to start for [`RingDriver::start_at`], or after a crash: everything that is not
     /// used is available again. Meant for devices that use buffers in order.
     pub fn queue_state(&mut self) -> QueueState {
-        expect(self.collect());
-        let at = self.layout().first_unused();
+        let at = expect(self.try_position());
         QueueState { avail: at, used: at, held: Vec::new() }
+    }
+
+    /// Where a device that uses buffers in order has to go on.
+    pub fn try_position(&mut self) -> Result<RingPos, Violation> {
+        self.collect()?;
+        Ok(self.layout().first_unused())
     }
 
     /// Number of entries of the ring.
@@ -404,7 +417,34 @@ impl RingDriver {
     /// With the [`Violation`] if the device's suppression fields are illegal.
     #[track_caller]
     pub fn kick_wanted(&mut self) -> bool {
-        expect(self.layout_mut().kick_wanted())
+        expect(self.try_kick_wanted())
+    }
+
+    /// As [`RingDriver::kick_wanted`], for tests that expect a violation.
+    pub fn try_kick_wanted(&mut self) -> Result<bool, Violation> {
+        self.layout_mut().kick_wanted()
+    }
+
+    /// Sets `WRITE` on the descriptor that refers to the indirect table of a staged chain, where it means nothing
+    /// (2.7.5.3.2, 2.8.7).
+    pub(crate) fn mark_table_writable(&mut self, id: u16) {
+        let slot = self.chains.get(&id).and_then(|chain| chain.placed.slots.last().copied());
+        let Some(slot) = slot else { return };
+        match &mut self.rings {
+            Rings::Split(ring) => {
+                let desc = ring.desc(slot);
+                ring.set_desc(slot, SplitDesc { flags: desc.flags | DESC_WRITE, ..desc });
+            }
+            Rings::Packed(ring) => ring.add_staged_flags(slot, DESC_WRITE),
+        }
+    }
+
+    /// Id and length of the next used entry that was not taken, whatever they are: nothing is checked or taken.
+    pub fn glance(&self) -> Option<(u32, u32)> {
+        match &self.rings {
+            Rings::Split(ring) => ring.glance(),
+            Rings::Packed(ring) => ring.glance(),
+        }
     }
 
     /// The next used buffer, if there is one. When there is none, the driver's event is moved on (see [`Interrupts`]).
@@ -443,9 +483,15 @@ impl RingDriver {
 
     /// Says when interrupts are wanted, from the next used buffer on.
     pub fn set_interrupts(&mut self, wanted: Interrupts) {
-        expect(self.collect());
+        expect(self.try_set_interrupts(wanted));
+    }
+
+    /// As [`RingDriver::set_interrupts`], for tests that expect a violation.
+    pub fn try_set_interrupts(&mut self, wanted: Interrupts) -> Result<(), Violation> {
+        self.collect()?;
         self.interrupts = wanted;
         self.layout_mut().set_interrupts(wanted);
+        Ok(())
     }
 
     pub(crate) fn interrupts_wanted(&self) -> Interrupts {

@@ -207,6 +207,24 @@ impl PackedRing {
         (both as u16, (both >> 16) as u16)
     }
 
+    /// More flags for a chain that is not available yet.
+    pub(super) fn add_staged_flags(&mut self, slot: u16, more: u16) {
+        for (_, flags) in self.staged.iter_mut().filter(|(staged, _)| *staged == slot) {
+            *flags |= more;
+        }
+    }
+
+    pub(super) fn glance(&self) -> Option<(u32, u32)> {
+        let RingPos { index, wrap } = self.pos(self.next_used);
+        let used = if wrap { PACKED_AVAIL | PACKED_USED } else { 0 };
+        let flags = self.flags(index);
+        if flags & (PACKED_AVAIL | PACKED_USED) != used {
+            return None;
+        }
+        let desc = self.desc(index);
+        Some((u32::from(desc.id), desc.len))
+    }
+
     fn check_device_event(&self) -> Result<(u16, u16), Violation> {
         let (off_wrap, flags) = self.device_event();
         let rule = match flags {

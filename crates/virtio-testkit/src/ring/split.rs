@@ -204,6 +204,10 @@ impl SplitRing {
         self.ram.load_u16(self.in_used(4 + 8 * u64::from(self.size)))
     }
 
+    pub(super) fn glance(&self) -> Option<(u32, u32)> {
+        (self.used_idx() != self.last_used).then(|| self.used_entry(self.last_used))
+    }
+
     fn check_used_flags(&self) -> Result<u16, Violation> {
         let flags = self.used_flags();
         let (legal, rule) = if self.event_idx() {

@@ -1,0 +1,15 @@
+//! The conformance suite of `virtio-testkit`, over the library and over the daemon.
+mod support;
+
+use virtio_rng::{Entropy, Rng};
+use virtio_testkit::conformance::Subject;
+
+virtio_testkit::conformance!(
+    Subject::ENTROPY,
+    device = || Rng::new(&Entropy::insecure_seeded(7), 0, None).expect("an entropy device"),
+    daemon = || {
+        let directory = support::Directory::new();
+        let socket = directory.path("rng.sock");
+        ((support::Daemon::start(&socket, &[]), directory), socket)
+    },
+);

@@ -92,10 +92,17 @@ pub(crate) fn value(kind: Option<&ListedKind>, text: &str) -> Json {
     fits.unwrap_or_else(|| Json::String(text.to_owned()))
 }
 
-/// A value, as a user reads it.
+/// A value, as a user reads it: on one line, and without what a terminal would obey.
 pub(crate) fn shown(value: &Json) -> String {
     match value {
-        Json::String(text) => text.escape_debug().to_string(),
+        Json::String(text) => text.chars().fold(String::new(), |mut shown, c| {
+            if c.is_control() {
+                shown.extend(c.escape_default())
+            } else {
+                shown.push(c)
+            }
+            shown
+        }),
         other => other.to_string(),
     }
 }

@@ -162,6 +162,22 @@ fn properties_are_listed_read_set_and_watched() {
 }
 
 #[test]
+fn the_entropy_device_gets_a_limit_while_its_guest_reads() {
+    let daemon = Daemon::rng();
+    let mut driver = daemon.driver(0);
+    load(&mut driver, 1);
+    let all = daemon.ctl(&["-g", "0", "get"]).ok();
+    assert_eq!(all, "source the kernel's generator\nmax-bytes 0\nperiod-ms 65536\n");
+    daemon.ctl(&["-g", "0", "set", "max-bytes", "100"]).ok();
+    let buf = driver.ram().writable(4096);
+    driver.ring(0).add(&[buf]);
+    driver.kick(0);
+    let used = driver.wait_used(0, std::time::Duration::from_secs(10)).expect("an answer");
+    assert_eq!(used.len, 100);
+    assert_eq!(daemon.ctl(&["get", "max-bytes"]).ok(), "guest 0: 100\nguest 1: 0\n");
+}
+
+#[test]
 fn a_scenario_is_carried_out_step_by_step() {
     let (one, other) = (Daemon::echo(), Daemon::echo());
     let scenario = one.folder.join("scenario");

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`Entropy`] (`backend/`) | where bytes come from: the kernel, a file or device, a seeded generator |
 //! | [`RateLimit`] (`limit.rs`) | so many bytes in a period |
+//! | `controls.rs` | what can be seen and changed while it runs |
 //! | [`RngWorker`] (`worker.rs`) | serves the queue |
 //! | `state.rs` | what is saved |
 //!
@@ -12,6 +13,7 @@
 //! sleeps. So a request that cannot be served now - the source has nothing, the period's bytes are spent - stays in
 //! the ring, where a stop or reset finds nothing to wait for, until a timer or the source's file says to look again.
 mod backend;
+mod controls;
 mod limit;
 mod state;
 mod worker;
@@ -19,11 +21,15 @@ mod worker;
 use std::io;
 
 use reactor::Mail;
-use vm_virtio::{DeviceError, DeviceState, DeviceType, Features, QueueSpec, StateError, VirtioDevice};
+use vm_virtio::controls::Controls;
+use vm_virtio::{
+    DeviceError, DeviceState, DeviceType, Features, HostError, HostReply, HostRequest, QueueSpec, StateError,
+    VirtioDevice,
+};
 
 pub use backend::{Entropy, OpenError};
 pub use limit::{LimitError, RateLimit};
-pub use worker::{MAX_REQUEST, RngWorker};
+pub use worker::{MAX_REQUEST, RngWorker, SetLimit};
 
 /// Entries of the request queue, at most.
 pub const QUEUE_SIZE: u16 = 1024;
@@ -31,6 +37,7 @@ pub const QUEUE_SIZE: u16 = 1024;
 /// The entropy device of one guest.
 pub struct Rng {
     worker: Option<RngWorker>,
+    controls: controls::Operator,
 }
 
 impl Rng {
@@ -40,7 +47,8 @@ impl Rng {
     /// # Errors
     /// Without descriptors left.
     pub fn new(entropy: &Entropy, guest: u32, limit: Option<RateLimit>) -> io::Result<Rng> {
-        Ok(Rng { worker: Some(RngWorker::new(entropy.source(guest)?, limit)) })
+        let worker = Some(RngWorker::new(entropy.source(guest)?, limit));
+        Ok(Rng { worker, controls: controls::Operator::new(entropy.name(), limit) })
     }
 }
 
@@ -59,7 +67,19 @@ impl VirtioDevice for Rng {
         vec![QueueSpec { name: "requestq", max_size: QUEUE_SIZE, lane: 0 }]
     }
 
-    fn workers(&mut self, _mail: &[Mail<()>]) -> Result<Vec<RngWorker>, DeviceError> {
+    fn controls(&self) -> Controls {
+        controls::list()
+    }
+
+    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
+        match request {
+            HostRequest::Control(request) => self.controls.carry_out(request),
+            _ => Err(HostError::Unsupported),
+        }
+    }
+
+    fn workers(&mut self, mail: &[Mail<SetLimit>]) -> Result<Vec<RngWorker>, DeviceError> {
+        self.controls.attach(mail.first().cloned());
         let worker = self.worker.take().ok_or_else(|| DeviceError::new("the worker was made before"))?;
         Ok(vec![worker])
     }

@@ -63,6 +63,11 @@ impl RateLimit {
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// The period.
+    pub fn period(&self) -> Duration {
+        self.period
+    }
 }
 
 /// What is left of a limit in the current period.
@@ -86,6 +91,16 @@ impl Window {
             _ => {}
         }
         Ok(self.left)
+    }
+
+    /// The period goes on under another limit: what was handed out in it stays handed out.
+    pub(crate) fn change(&mut self, limit: RateLimit) {
+        let handed_out = self.limit.bytes.saturating_sub(self.left);
+        self.left = limit.bytes.saturating_sub(handed_out);
+        // Its beginning stays where it was.
+        self.ends =
+            self.ends.and_then(|end| end.checked_sub(self.limit.period)).map(|begin| begin + limit.period);
+        self.limit = limit;
     }
 
     /// What another device has to know to go on in the middle of the period.
@@ -134,6 +149,18 @@ mod tests {
         );
         assert_eq!(window.allowed(start + PERIOD), Ok(100));
         assert_eq!(window.allowed(start + 5 * PERIOD), Ok(100), "idle periods are not saved up");
+    }
+
+    #[test]
+    fn a_changed_limit_forgets_nothing_that_was_handed_out() {
+        let mut window = Window::new(RateLimit::new(100, PERIOD).unwrap());
+        let start = Instant::now();
+        window.take(60, start);
+        window.change(RateLimit::new(50, PERIOD).unwrap());
+        assert_eq!(window.allowed(start), Err(start + PERIOD), "more than that is gone already");
+        window.change(RateLimit::new(80, 2 * PERIOD).unwrap());
+        assert_eq!(window.allowed(start + PERIOD), Ok(80 - 50), "as much as was known to be handed out");
+        assert_eq!(window.allowed(start + 2 * PERIOD), Ok(80));
     }
 
     #[test]

@@ -22,6 +22,10 @@ const AGAIN: Token = Token::new(0);
 /// Watch: the source's file.
 const SOURCE: Token = Token::new(1);
 
+/// Another limit for this guest, from now on.
+#[derive(Clone, Copy, Debug)]
+pub struct SetLimit(pub(crate) Option<RateLimit>);
+
 /// The part of the entropy device that serves its queue.
 pub struct RngWorker {
     source: Source,
@@ -78,7 +82,11 @@ impl RngWorker {
             let Some(chain) = queue.pop() else { return Ok(()) };
             let buffers = queue.writable(&chain);
             // A driver's error: no room for a single byte. The buffer goes back all the same.
-            let filled = if buffers.is_empty() { Filled::Bytes(0) } else { self.source.fill(buffers, limit) };
+            let nonsense = buffers.is_empty();
+            let filled = if nonsense { Filled::Bytes(0) } else { self.source.fill(buffers, limit) };
+            if nonsense {
+                queue.note_refused();
+            }
             match filled {
                 Filled::Bytes(bytes) => {
                     if let (Some(window), Some(now)) = (&mut self.window, now) {
@@ -87,7 +95,10 @@ impl RngWorker {
                     queue.add_used(chain, u32::try_from(bytes).unwrap_or(u32::MAX));
                 }
                 // The memory behind the buffer is gone (failure policy 6): this request's loss alone.
-                Filled::Fault => queue.add_used(chain, 0),
+                Filled::Fault => {
+                    queue.note_failed();
+                    queue.add_used(chain, 0);
+                }
                 Filled::NotYet(again) => {
                     queue.unpop(chain).map_err(|_| DeviceError::new("a request could not be put back"))?;
                     return self.hold(again, lane);
@@ -120,7 +131,7 @@ impl RngWorker {
 }
 
 impl Worker for RngWorker {
-    type Msg = ();
+    type Msg = SetLimit;
 
     fn queue_ready(&mut self, _queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         self.serve(lane)
@@ -142,6 +153,16 @@ impl Worker for RngWorker {
     }
 
     fn timer(&mut self, _token: Token, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        self.release(lane);
+        self.serve(lane)
+    }
+
+    fn message(&mut self, SetLimit(limit): SetLimit, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        match (&mut self.window, limit) {
+            (Some(window), Some(limit)) => window.change(limit),
+            (window, limit) => *window = limit.map(Window::new),
+        }
+        // Who waits for the end of a period may be served now.
         self.release(lane);
         self.serve(lane)
     }

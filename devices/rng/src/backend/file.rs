@@ -57,6 +57,10 @@ impl SharedFile {
         Ok(Some(SharedFile { file, path: Arc::new(path.to_owned()), regular }))
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub(super) fn source(&self) -> io::Result<FileSource> {
         // A duplicate shares the position.
         let file = File::from(self.file.try_clone()?);

@@ -70,6 +70,15 @@ impl Entropy {
         }
     }
 
+    /// What it is, for whoever operates the device.
+    pub fn name(&self) -> String {
+        match &self.0 {
+            Kind::Kernel => "the kernel's generator".into(),
+            Kind::File(file) => file.path().display().to_string(),
+            Kind::Seeded(_) => "a seeded generator, INSECURE".into(),
+        }
+    }
+
     /// ChaCha20 with a key made of `seed`, a stream of its own for each guest, from its beginning after each reset.
     /// **No secret**: for tests that have to be repeatable.
     pub fn insecure_seeded(seed: u64) -> Entropy {

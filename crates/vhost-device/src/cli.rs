@@ -3,6 +3,7 @@
 //! Everything is checked before the first socket exists, so that a refused start leaves nothing behind. Each refusal
 //! says what is wrong and what to do instead. A flag is here only if it works.
 use std::ffi::{OsStr, OsString};
+use std::num::NonZeroUsize;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,6 +18,9 @@ use crate::logging::LogLevel;
 pub const MAX_GUESTS: u32 = 1024;
 /// Longest time that a queue is polled before its thread sleeps, in microseconds.
 pub const MAX_POLL_US: u32 = 100_000;
+
+/// Most threads that lanes share.
+pub const MAX_THREADS: u32 = 64;
 
 /// The options that every daemon has; flatten it into the daemon's own arguments.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -53,6 +57,10 @@ pub struct CommonArgs {
     /// Poll a queue for up to N microseconds before sleeping; adapts to the load, 0 never polls
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub poll_us: u32,
+
+    /// Serve all guests with N threads together instead of one or more each, for many guests that are mostly idle
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
 
     /// Features to withhold from guests, e.g. ring_packed,event_idx
     #[arg(long, value_name = "FEATURE", value_delimiter = ',')]
@@ -107,6 +115,12 @@ pub enum UsageError {
     /// Polling for longer than anyone means to.
     #[error("--poll-us {0} is more than {MAX_POLL_US}; use a shorter time")]
     Poll(u32),
+    /// Nobody, or a crowd.
+    #[error("--threads {0} is not between 1 and {MAX_THREADS}; use a number in that range")]
+    Threads(u32),
+    /// One guest would be polled for with the threads of all.
+    #[error("--poll-us and --threads: shared threads do not poll; give one of them")]
+    PollWithThreads,
     /// No such feature.
     #[error("--without: there is no feature {0:?}; those that can be withheld are {names}", names = withholdable())]
     UnknownFeature(String),
@@ -163,6 +177,7 @@ pub(crate) struct Plan {
     pub(crate) control_socket: Option<PathBuf>,
     pub(crate) without: Features,
     pub(crate) spin: Duration,
+    pub(crate) threads: Option<NonZeroUsize>,
 }
 
 impl CommonArgs {
@@ -180,6 +195,7 @@ impl CommonArgs {
         if self.poll_us > MAX_POLL_US {
             return Err(UsageError::Poll(self.poll_us));
         }
+        let threads = self.threads()?;
         let activated = environment.activated()?;
         let sources = [
             ("--socket-path", self.socket_path.is_some()),
@@ -223,7 +239,18 @@ impl CommonArgs {
             control_socket,
             without,
             spin: Duration::from_micros(self.poll_us.into()),
+            threads,
         })
+    }
+
+    fn threads(&self) -> Result<Option<NonZeroUsize>, UsageError> {
+        let Some(count) = self.threads else { return Ok(None) };
+        if self.poll_us > 0 {
+            return Err(UsageError::PollWithThreads);
+        }
+        let inside = (1..=MAX_THREADS).contains(&count);
+        let threads = usize::try_from(count).ok().filter(|_| inside).and_then(NonZeroUsize::new);
+        threads.map(Some).ok_or(UsageError::Threads(count))
     }
 
     fn paths(&self) -> Result<Vec<Endpoint>, UsageError> {
@@ -340,6 +367,17 @@ mod tests {
         assert_eq!(paths("-c 1"), [dir.path().join("s0")]);
         assert_eq!(paths("-c 3"), [dir.path().join("s0"), dir.path().join("s1"), dir.path().join("s2")]);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "planning creates nothing");
+    }
+
+    #[test]
+    fn threads() {
+        let threads = |line: &str| plan(&format!("-s /tmp/backplane-none {line}")).unwrap().threads;
+        assert_eq!(threads(""), None);
+        assert_eq!(threads("--threads 4"), NonZeroUsize::new(4));
+        for count in ["0", "65", "4294967295"] {
+            assert!(refusal(&format!("-s /a --threads {count}")).contains("between 1 and 64"));
+        }
+        assert!(refusal("-s /a --threads 2 --poll-us 5").contains("do not poll"));
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! The daemon: a device per guest, a thread per lane, one main thread for all sockets.
+//! The daemon: a device per guest, a thread per lane or a pool of them for all, one main thread for all sockets.
 //!
 //! Nothing blocks the main thread: what a lane has to do is waited for by the guest's own task. The process ends when
 //! it is told to, or when all guests were given connections and those are over.
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use reactor::{Event, Interest, Reactor, SpinPolicy, Token};
 use vm_virtio::device::{DeviceError, VirtioDevice};
+use vm_virtio::lane::run_in_pool;
 use vm_virtio::{Engine, EngineError, EngineOptions, Features, LaneRunner};
 
 use crate::control;
@@ -48,11 +50,13 @@ pub struct DaemonOptions {
     pub without: Features,
     /// Longest time to poll a queue before its thread sleeps; zero never polls.
     pub spin: Duration,
+    /// Threads that carry the lanes of all guests together, without polling; none: each lane has its own.
+    pub threads: Option<NonZeroUsize>,
 }
 
 impl Default for DaemonOptions {
     fn default() -> Self {
-        DaemonOptions { without: Features::empty(), spin: Duration::ZERO }
+        DaemonOptions { without: Features::empty(), spin: Duration::ZERO, threads: None }
     }
 }
 
@@ -143,6 +147,7 @@ impl Socket {
 /// [`run`](crate::run) is all that most daemons need; this is for those that get their sockets in another way, and for
 /// tests.
 pub struct Daemon<D: VirtioDevice> {
+    threads: Option<NonZeroUsize>,
     guests: Vec<Prepared<D>>,
     stopper: Stopper,
     pub(crate) signals: Option<Signals>,
@@ -158,6 +163,7 @@ impl<D: VirtioDevice> Daemon<D> {
         options: DaemonOptions,
         mut make: impl FnMut(GuestIndex) -> Result<D, DeviceError>,
     ) -> Result<Daemon<D>, DaemonError> {
+        let pool = options.threads;
         let waker = reactor::Waker::new().map_err(|error| DaemonError::System("make an eventfd", error))?;
         let mut devices = Vec::with_capacity(endpoints.len());
         for guest in (0..).take(endpoints.len()) {
@@ -178,7 +184,14 @@ impl<D: VirtioDevice> Daemon<D> {
             guests.push(Prepared { engine, lanes, events, waker, socket, path });
         }
         let stopper = Stopper { asked: Arc::default(), waker };
-        Ok(Daemon { guests, stopper, signals: None, announcer: Announcer::default(), control: None })
+        Ok(Daemon {
+            threads: pool,
+            guests,
+            stopper,
+            signals: None,
+            announcer: Announcer::default(),
+            control: None,
+        })
     }
 
     /// Ends the daemon from elsewhere.
@@ -192,7 +205,7 @@ impl<D: VirtioDevice> Daemon<D> {
     ///
     /// [`DaemonError::System`] if threads or watches cannot be had; [`DaemonError::Interrupted`].
     pub fn serve(self) -> Result<(), DaemonError> {
-        let Daemon { guests, stopper, signals, mut announcer, mut control } = self;
+        let Daemon { threads: pool, guests, stopper, signals, mut announcer, mut control } = self;
         let system = |what| move |error| DaemonError::System(what, error);
         let mut reactor = Reactor::new().map_err(system("make a reactor"))?;
         reactor
@@ -209,10 +222,15 @@ impl<D: VirtioDevice> Daemon<D> {
             guests: guests.len(),
         });
         let mut threads = Vec::new();
+        let mut pooled = Vec::new();
         let mut tasks = Vec::with_capacity(guests.len());
         for (index, prepared) in (0..).zip(guests) {
-            for lane in prepared.lanes {
-                threads.push(spawn(index, lane).map_err(system("start a thread"))?);
+            if pool.is_some() {
+                pooled.extend(prepared.lanes);
+            } else {
+                for lane in prepared.lanes {
+                    threads.push(spawn(index, lane).map_err(system("start a thread"))?);
+                }
             }
             let source = match prepared.socket {
                 Socket::Listener(listener) => {
@@ -228,6 +246,9 @@ impl<D: VirtioDevice> Daemon<D> {
                 control.plane().add(guest.clone());
             }
             tasks.push(Task::new(prepared.waker, guest.serve(source)));
+        }
+        if let Some(count) = pool {
+            threads = run_in_pool(pooled, count).map_err(system("start a thread"))?;
         }
         if let Some(control) = &mut control {
             control

@@ -39,7 +39,8 @@
 //!
 //! # What a daemon does
 //!
-//! * Each guest has a socket, a device and a thread per lane of the device; guests share nothing but the process.
+//! * Each guest has a socket, a device and a thread per lane of the device; guests share nothing but the process. With
+//!   `--threads` they share a pool of threads: for many guests that are mostly idle.
 //! * The socket is there from before readiness is announced (`NOTIFY_SOCKET`, `--ready-fd`) until the end, over any
 //!   number of front-ends. One at a time: a second one is turned away after a moment.
 //! * A device keeps its state when its front-end goes, and loses it with RESET_DEVICE, SET_STATUS(0), or when a driver
@@ -214,7 +215,7 @@ where
     listen::raise_descriptor_limit();
     // Before the first thread, which inherits what is blocked.
     let signals = signals::Signals::new().map_err(|error| DaemonError::System("receive signals", error))?;
-    let options = DaemonOptions { without: plan.without, spin: plan.spin };
+    let options = DaemonOptions { without: plan.without, spin: plan.spin, threads: plan.threads };
     let mut daemon = Daemon::new(plan.endpoints, options, make)?;
     if let Some(path) = &plan.control_socket {
         let plane = control::Plane::new(*identity, logging.clone());

@@ -434,7 +434,7 @@ fn output_of_help_names_every_common_option() {
     assert_eq!(code, Some(0));
     let options =
         ["--socket-path", "--socket-count", "--fd", "--print-capabilities", "--ready-fd", "--log-level"];
-    for option in options.iter().chain(&["--poll-us", "--without"]) {
+    for option in options.iter().chain(&["--poll-us", "--threads", "--without"]) {
         assert!(help.contains(option), "{option}");
     }
 }

@@ -309,6 +309,24 @@ fn chains_that_nobody_adopts_go_back_to_the_driver() {
 }
 
 #[test]
+fn a_restored_queue_that_was_never_served_can_be_stopped_and_reset() {
+    let mut rig = Rig::new(RingLayout::Split, Features::SUSPEND);
+    rig.request(0);
+    let status = rig.host.engine().status();
+    rig.host.set_status(status | Status::SUSPEND);
+    let state = rig.save().unwrap();
+    let mut rig = rig.successor(&[1, 2, 3], Panics::Never);
+    let queues = rig.restore(&state).unwrap();
+    let held = queues[0].state.clone();
+    rig.host.start_restored(queues);
+    // What nobody has adopted is not lost.
+    assert_eq!(rig.host.stop_queue(0, Stop::Drain).unwrap(), held);
+    rig.host.start_queue(0, Some(held));
+    rig.host.reset();
+    assert_eq!(rig.host.engine().status(), Status::empty());
+}
+
+#[test]
 fn a_running_device_is_not_saved_and_a_used_one_not_restored() {
     let mut rig = Rig::new(RingLayout::Split, Features::empty());
     assert_eq!(rig.save(), Err(SnapshotError::Running));

@@ -12,6 +12,7 @@
 //! * The worker is called through `LaneRunner::enter` only: its errors and panics end there and fail this lane
 //!   (failure policy 5), not the thread.
 mod command;
+mod pool;
 mod ring;
 mod snapshot;
 mod stop;
@@ -20,6 +21,7 @@ mod tally;
 
 pub use command::WaitFor;
 pub(crate) use command::{Command, LaneHandle, Meeting};
+pub use pool::run_in_pool;
 pub use ring::{Call, EventFd, Interrupt, Kick, StartError, StopError};
 pub(crate) use suspend::{By, Gathering};
 pub(crate) use tally::QueueTotals;
@@ -49,6 +51,7 @@ const ORDERS: Token = Token::host(0x1_0000);
 const MAIL: Token = Token::host(0x1_0001);
 const DEADLINE: Token = Token::host(0x1_0002);
 const PAUSE_DEADLINE: Token = Token::host(0x1_0003);
+const POLL: Token = Token::host(0x1_0004);
 
 /// What went wrong so far; never reset. Failure policy 8: every failure is counted.
 #[derive(Debug, Default)]
@@ -207,6 +210,26 @@ impl<W: Worker> LaneRunner<W> {
                 return worked;
             }
         }
+    }
+
+    /// One turn without waiting, for a thread that carries other lanes, too. When there is nothing to do the reactor
+    /// becomes readable as soon as there is.
+    fn step(&mut self) -> pool::Step {
+        if !self.attached {
+            self.attached = true;
+            self.enter(|worker, lane| worker.attached(lane));
+        }
+        let worked = self.one_turn(Some(Duration::ZERO));
+        if !self.running {
+            return pool::Step::Over;
+        }
+        if worked || self.pending() {
+            return pool::Step::More;
+        }
+        if (0..self.rings.len()).any(|at| self.polled(at)) {
+            self.reactor.set_timer(POLL, Instant::now() + POLL_INTERVAL);
+        }
+        pool::Step::Idle
     }
 
     fn one_turn(&mut self, timeout: Option<Duration>) -> bool {

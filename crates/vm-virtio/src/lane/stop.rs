@@ -60,6 +60,8 @@ impl<W: Worker> LaneRunner<W> {
         self.regate(at);
         if let (Stop::Discard, Some(queue)) = (how, self.queue(at)) {
             queue.give_up();
+            // Those of a restored queue that was never served.
+            queue.drop_unclaimed();
         }
         self.unwatch_kick(at);
         self.enter_quietly(|worker, lane| worker.queue_stop(number, how, lane));
@@ -90,7 +92,8 @@ impl<W: Worker> LaneRunner<W> {
             let Some(deadline) = self.rings[at].stopping.as_ref().map(|stopping| stopping.deadline) else {
                 continue;
             };
-            let idle = self.queue(at).is_none_or(|queue| queue.outstanding() == 0);
+            // What nobody has adopted yet is in the state for who does.
+            let idle = self.queue(at).is_none_or(|queue| queue.outstanding() <= queue.unclaimed());
             // Nobody is left to complete the chains of a failed worker.
             let over = idle || self.failed || *now.get_or_insert_with(Instant::now) >= deadline;
             if over {

@@ -1,4 +1,4 @@
-//! The project's own commands: `cargo xtask demo`, `test`, `lab`, `bench`.
+//! The project's own commands: `cargo xtask demo`, `test`, `lab`, `bench`, `fuzz`.
 //!
 //! This crate builds and runs things; what a guest is and how one is started is in the `backplane-tests` crate.
 
@@ -11,6 +11,7 @@ mod bench;
 mod command;
 mod demo;
 mod error;
+mod fuzz;
 mod lab;
 mod progress;
 mod tally;
@@ -57,6 +58,17 @@ enum Task {
         /// Arguments for the benchmark itself
         #[arg(last = true)]
         arguments: Vec<String>,
+    },
+    /// Look for bytes that break a promise, with a fuzzer
+    ///
+    /// Installs cargo-fuzz if it is not there. Uses a nightly compiler if there is one. What it finds goes below the
+    /// target folder (fuzz/found); a plain `cargo test` replays the inputs in fuzz/corpus.
+    Fuzz {
+        /// Only this target; without it all, one after the other
+        target: Option<String>,
+        /// How long for each target
+        #[arg(long, value_name = "N", default_value_t = 60)]
+        seconds: u64,
     },
     /// Get what guest tests need: QEMU, a guest kernel, the guest's tools
     ///
@@ -113,6 +125,7 @@ fn run(task: Task) -> Result<bool> {
         }
         Task::Bench { name: Some(name), arguments } => bench::run(&name, &arguments),
         Task::Bench { name: None, .. } => bench::list(),
+        Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Task::Lab { path: true, .. } => {
             println!("{}", lab::folder()?.display());
             Ok(true)

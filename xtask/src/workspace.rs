@@ -36,14 +36,18 @@ struct Target {
 /// The cargo that runs us, else the one on the search path.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // What cargo set for this program is not meant for those that we build.
+    without_cargos_settings(&mut command);
+    command
+}
+
+/// What cargo set for this program is not meant for those that we build.
+pub(crate) fn without_cargos_settings(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let shown = name.to_string_lossy();
         if shown.starts_with("CARGO_PKG_") || shown.starts_with("CARGO_MANIFEST_") {
             command.env_remove(&name);
         }
     }
-    command
 }
 
 impl Workspace {

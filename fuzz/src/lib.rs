@@ -1,0 +1,28 @@
+//! What fuzzers feed with bytes. Each function takes any bytes, plays a hostile driver, front-end, back-end or control
+//! client from them, and panics if a promise is broken; see SECURITY.md for the promises.
+//!
+//! Plain functions of a plain crate: `cargo test` replays the inputs in `corpus/` with any compiler, `cargo xtask fuzz` looks
+//! for new ones with libFuzzer (`libfuzzer/`, a workspace of its own).
+mod bytes;
+mod daemon;
+mod guarded;
+mod ring;
+mod wire;
+
+pub use daemon::{control, session};
+pub use ring::{ring_packed, ring_split};
+pub use wire::{wire_backend, wire_channel, wire_frontend};
+
+/// A fuzz target: its name, and what takes the bytes.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 7] = [
+    ("ring_split", ring_split),
+    ("ring_packed", ring_packed),
+    ("wire_backend", wire_backend),
+    ("wire_frontend", wire_frontend),
+    ("wire_channel", wire_channel),
+    ("session", session),
+    ("control", control),
+];

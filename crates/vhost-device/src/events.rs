@@ -32,6 +32,11 @@ impl Events {
         self.config_changed.store(false, Ordering::SeqCst);
     }
 
+    /// What wakes the guest's task on the main thread.
+    pub(crate) fn waker(&self) -> &Arc<TaskWaker> {
+        &self.waker
+    }
+
     /// Faults since the last call.
     pub(crate) fn take(&self) -> Vec<HostEvent> {
         std::mem::take(&mut self.others.lock().unwrap_or_else(PoisonError::into_inner))

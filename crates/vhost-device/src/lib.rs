@@ -68,6 +68,7 @@
 //! | `session` | one connection: messages to calls of the engine |
 //! | `ring`, `memory`, `mapping` | what a front-end said about rings and memory |
 //! | [`control`] | the control socket: status, counters, commands |
+//! | `inband` | interrupts as messages |
 //! | [`logging`], `notify`, `capabilities` | what the outside gets to see |
 use std::error::Error;
 use std::io::Write;
@@ -84,6 +85,7 @@ pub mod control;
 mod daemon;
 mod events;
 mod guest;
+mod inband;
 pub mod inherit;
 pub mod listen;
 pub mod logging;

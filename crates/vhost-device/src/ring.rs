@@ -1,6 +1,6 @@
 //! What a front-end said about one ring, and what that makes of it (vhost-user, "Ring states").
 //!
-//! A ring is *started* while it has a kick (SET_VRING_KICK until GET_VRING_BASE), *enabled* or not beside that, and
+//! A ring is *started* while it has a kick (SET_VRING_KICK or VRING_KICK until GET_VRING_BASE), *enabled* or not beside that, and
 //! *running* while the engine serves it. A started ring is not running while something that it needs is missing, for
 //! example while its memory slot is being exchanged; it runs as soon as that is there.
 use std::io;
@@ -13,7 +13,9 @@ use vm_virtio::{
     StartError,
 };
 
+use crate::inband::InBandCall;
 use crate::memory::MemoryTable;
+use crate::task::TaskWaker;
 
 /// Why a started ring does not run.
 #[derive(Debug, thiserror::Error)]
@@ -86,9 +88,11 @@ pub(crate) struct Ring {
     /// SET_VRING_KICK: present while the ring is started.
     pub(crate) kick: Option<KickFile>,
     /// SET_VRING_CALL.
-    pub(crate) call: Option<Arc<EventFd>>,
+    pub(crate) call: Notify,
     /// SET_VRING_ERR.
-    pub(crate) err: Option<Arc<EventFd>>,
+    pub(crate) err: Notify,
+    /// Its interrupts as messages, where they are.
+    pub(crate) in_band: Option<Arc<InBandCall>>,
     /// SET_VRING_ENABLE.
     pub(crate) enabled: bool,
     /// With what the engine serves it.
@@ -102,16 +106,39 @@ impl Default for Ring {
             addr: None,
             position: Position::Start,
             kick: None,
-            call: None,
-            err: None,
+            call: Notify::Unsaid,
+            err: Notify::Unsaid,
+            in_band: None,
             enabled: false,
             running: None,
         }
     }
 }
 
+/// Where a ring's interrupts or errors go.
+pub(crate) enum Notify {
+    /// Nothing was said: over the channel with INBAND_NOTIFICATIONS, else nowhere.
+    Unsaid,
+    /// Nowhere: the front-end polls, or does not want to know.
+    Nowhere,
+    /// To this file, which is preferred to messages.
+    File(Arc<EventFd>),
+}
+
+impl Notify {
+    /// What SET_VRING_CALL or SET_VRING_ERR says.
+    pub(crate) fn new(fd: Option<OwnedFd>) -> io::Result<Notify> {
+        Ok(match fd {
+            Some(fd) => Notify::File(Arc::new(EventFd::new(fd)?)),
+            None => Notify::Nowhere,
+        })
+    }
+}
+
 /// How a front-end announces buffers.
 pub(crate) enum KickFile {
+    /// With VRING_KICK, the first of which has started the ring.
+    InBand,
     /// Through a file.
     Fd(OwnedFd),
     /// Not at all: poll.
@@ -124,19 +151,22 @@ impl KickFile {
         Ok(match self {
             KickFile::Fd(fd) => Kick::Fd(fd.try_clone()?),
             KickFile::Poll => Kick::Poll,
+            KickFile::InBand => Kick::Manual,
         })
     }
 }
 
 impl Ring {
-    /// The interrupt for the engine.
-    pub(crate) fn call(&self) -> Call {
-        self.call.clone().map(|call| call as Arc<dyn Interrupt>)
-    }
-
-    /// What tells the front-end that the ring is broken.
-    pub(crate) fn err(&self) -> Call {
-        self.err.clone().map(|err| err as Arc<dyn Interrupt>)
+    /// The interrupt for the engine. `in_band`: what to wake for messages, where notifications are messages.
+    pub(crate) fn call(&mut self, in_band: Option<&Arc<TaskWaker>>) -> Call {
+        match (&self.call, in_band) {
+            (Notify::File(file), _) => Some(file.clone() as Arc<dyn Interrupt>),
+            (Notify::Unsaid, Some(waker)) => {
+                let call = self.in_band.get_or_insert_with(|| InBandCall::new(waker.clone()));
+                Some(call.clone() as Arc<dyn Interrupt>)
+            }
+            (Notify::Unsaid, None) | (Notify::Nowhere, _) => None,
+        }
     }
 
     /// Size and guest addresses, translated by `memory`. Each area has to be in one region.
@@ -198,7 +228,7 @@ impl Ring {
     /// A device reset: stopped, disabled, back to the beginning (VHOST_USER_RESET_DEVICE). What belongs to the
     /// connection rather than to the device's state stays: sizes, addresses, call and error files.
     pub(crate) fn reset(&mut self) {
-        let Ring { size: _, addr: _, position, kick, call: _, err: _, enabled, running } = self;
+        let Ring { size: _, addr: _, position, kick, call: _, err: _, in_band: _, enabled, running } = self;
         *position = Position::Start;
         *kick = None;
         *enabled = false;

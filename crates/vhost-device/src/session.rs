@@ -8,6 +8,7 @@
 //! (REPLY_ACK) is answered with failure and the connection goes on. One that it does not hear about also leaves the
 //! connection alone, unless both sides would disagree about features or memory from then on ([`Refused::desyncs`]):
 //! then the connection is closed, as is one whose stream cannot be understood any more.
+mod channel;
 mod memory;
 mod negotiation;
 mod refused;
@@ -21,13 +22,10 @@ use std::os::unix::net::UnixStream;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use vhost_user::{
-    Answer, BackendChannel, BackendEndpoint, Error, FrontendRequest, ProtocolFeatures, Received, ReplyTicket,
-    config_flags,
-};
+use vhost_user::{Answer, BackendEndpoint, Error, FrontendRequest, Received, ReplyTicket, config_flags};
 use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
 use vm_virtio::engine::STOP_DEADLINE;
-use vm_virtio::{Features, GuestRam, HostEvent, Ticket, WaitFor};
+use vm_virtio::{Features, GuestRam, WaitFor};
 
 use crate::guest::{Guest, count};
 use crate::listen::Listener;
@@ -35,6 +33,7 @@ use crate::memory::{MEMORY_SLOTS, MemoryTable};
 use crate::ring::Ring;
 use crate::task::{Watch, yield_now};
 
+use channel::Channel;
 pub(crate) use refused::Refused;
 
 /// How long requests may take to finish when the daemon is asked to end: shorter than the usual patience of those who
@@ -53,6 +52,8 @@ pub(crate) enum End {
     Connection(Error),
     /// The front-end would go on with features or memory that it does not have.
     Desynced,
+    /// Closing the connection is what the document wants.
+    Broken(Refused),
     /// The daemon ends.
     Stopping,
 }
@@ -70,6 +71,7 @@ impl fmt::Display for End {
             End::Connection(Error::Io(error)) => write!(f, "the vhost-user socket failed: {error}"),
             End::Connection(error) => error.fmt(f),
             End::Desynced => f.write_str("closed, because a refused message could not be answered"),
+            End::Broken(error) => error.fmt(f),
             End::Stopping => f.write_str("the daemon ends"),
         }
     }
@@ -89,7 +91,7 @@ pub(crate) struct Session<'g, D: VirtioDevice> {
     /// Where others are turned away.
     listener: Option<&'g Listener>,
     /// For requests to the front-end.
-    channel: Option<(BackendChannel, Watch)>,
+    channel: Option<Channel>,
     memory: MemoryTable,
     rings: Vec<Ring>,
     /// SET_FEATURES, without the protocol's own bit.
@@ -142,18 +144,20 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                     count(&self.guest.counts.messages);
                     let code = request.code();
                     tracing::debug!(guest = self.guest.index, ?code, "message");
-                    let (answer, desyncs) = match self.handle(request).await {
-                        Ok(answer) => (answer, false),
+                    let (answer, error) = match self.handle(request).await {
+                        Ok(answer) => (answer, None),
                         Err(error) => {
                             count(&self.guest.counts.refused);
                             tracing::warn!(guest = self.guest.index, ?code, %error, "message refused");
-                            (Answer::Failed, error.desyncs())
+                            (Answer::Failed, Some(error))
                         }
                     };
                     let heard = self.endpoint.reply_owed();
                     let sent = self.endpoint.reply(ticket, answer);
-                    if desyncs && !heard {
-                        return End::Desynced;
+                    match error {
+                        Some(error) if error.ends_connection() => return End::Broken(error),
+                        Some(error) if error.desyncs() && !heard => return End::Desynced,
+                        _ => {}
                     }
                     sent
                 }
@@ -212,7 +216,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             // The session began with the connection. RESET_OWNER is deprecated and best ignored.
             R::SetOwner | R::ResetOwner => {}
             R::GetProtocolFeatures => return Ok(Answer::U64(self.offered_protocol_features().bits())),
-            R::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
+            R::SetProtocolFeatures(features) => self.set_protocol_features(features).await?,
             R::GetQueueNum => return Ok(Answer::U64(self.rings.len() as u64)),
             R::GetMaxMemSlots => return Ok(Answer::U64(MEMORY_SLOTS as u64)),
             R::SetMemTable(table) => {
@@ -236,15 +240,9 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             R::SetVringKick { index, fd } => self.set_kick(index, fd).await?,
             R::SetVringCall { index, fd } => self.set_call(index, fd).await?,
             R::SetVringErr { index, fd } => self.set_err(index, fd)?,
+            R::VringKick { index } => self.vring_kick(index).await?,
             R::SetVringEnable { index, enable } => self.set_enable(index, enable).await?,
-            R::SetBackendReqFd(fd) => {
-                let channel = BackendChannel::new(fd, self.endpoint.protocol_features())?;
-                let token = self.guest.tokens().channel();
-                // The former channel's watch must be gone before its token is used again.
-                self.channel = None;
-                let watch = Watch::new(&self.guest.host.reactor, token, channel.as_fd())?;
-                self.channel = Some((channel, watch));
-            }
+            R::SetBackendReqFd(fd) => self.set_channel(fd)?,
             R::GetConfig { offset, size, flags: _ } => {
                 // Bounded by the size of a message. Bytes that the device does not have are zero: front-ends ask for
                 // as much as they know of the type.
@@ -266,48 +264,6 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             other => return Err(Refused::Unsupported(other.code())),
         }
         Ok(Answer::Done)
-    }
-
-    /// Tells the front-end that a ring is broken. Not on this thread: the front-end can make its file block. Whoever
-    /// can be made to do so again and again waits for the ticket, so that no more than one is under way.
-    fn signal_error(&self, at: usize) -> Ticket<()> {
-        match self.rings.get(at).and_then(Ring::err) {
-            Some(err) => self.guest.engine.signal(at as u16, err),
-            None => Ticket::ready(()),
-        }
-    }
-
-    /// Errors of rings to their error files, changes of the configuration space to the front-end.
-    fn pass_on_events(&mut self) {
-        for event in self.guest.events.take() {
-            self.guest.log_event(&event);
-            match event {
-                HostEvent::QueueFault { queue, .. } => {
-                    // Once per start of a ring.
-                    drop(self.signal_error(usize::from(queue)));
-                }
-                // A worker that failed serves no ring any more. After the fault of one ring the others go on.
-                HostEvent::NeedsReset { .. } if self.guest.worker_failed() => {
-                    (0..self.rings.len())
-                        .filter(|at| self.rings[*at].running.is_some())
-                        .for_each(|at| drop(self.signal_error(at)));
-                }
-                _ => {}
-            }
-        }
-        // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.
-        let suspended = self.rings.iter().all(|ring| ring.running.is_none());
-        let Some((channel, _)) = &mut self.channel else { return };
-        let mut sent = if channel.wants_write() { channel.flush() } else { Ok(()) };
-        let wanted = channel_features(self.endpoint.protocol_features());
-        if sent.is_ok() && wanted && !suspended && self.guest.events.config_changed() {
-            self.guest.events.config_told();
-            sent = channel.config_changed().map(|_| ());
-        }
-        if let Err(error) = sent {
-            tracing::warn!(guest = self.guest.index, %error, "the front-end closed its channel for requests");
-            self.channel = None;
-        }
     }
 
     /// The end: rings finish what they took and stop, the front-end's memory and files go. The device stays.
@@ -333,9 +289,4 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
         }
         engine.memory(GuestRam::empty(), WaitFor::NewRequests).await;
     }
-}
-
-/// Whether the front-end wants to hear of configuration changes.
-fn channel_features(negotiated: ProtocolFeatures) -> bool {
-    negotiated.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::CONFIG)
 }

@@ -54,11 +54,12 @@ fn region_of(driver: &VhostUserDriver, at: usize) -> MemoryRegion {
 
 #[test]
 fn protocol_features_come_before_features_and_are_exactly_those_implemented() {
-    for (config, expected) in [(0, 0x1_a029_u64), (8, 0x1_a229)] {
+    for (config, expected) in [(0, 0x1_e029_u64), (8, 0x1_e229)] {
         let daemon = TestDaemon::with(1, move || Echo::new(config));
         let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
         let offered = endpoint.get_protocol_features().unwrap();
-        // MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, CONFIGURE_MEM_SLOTS 15, STATUS 16.
+        // MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14,
+        // CONFIGURE_MEM_SLOTS 15, STATUS 16.
         assert_eq!(offered.bits(), expected, "{offered:?}");
         endpoint.set_protocol_features(offered).unwrap();
         assert_eq!(endpoint.get_queue_num().unwrap(), 1);

@@ -8,13 +8,15 @@
 //! stop:     per ring ENABLE 0, GET_VRING_BASE
 //! ```
 //! Each step is skipped where the feature that it needs was not offered or not wanted.
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user::{
-    BackendListener, Error, F_PROTOCOL_FEATURES, FrontendEndpoint, MemoryRegion, ProtocolFeatures, VringAddr,
+    Answer, BackendListener, BackendRequest, Error, F_PROTOCOL_FEATURES, FrontendEndpoint, MemoryRegion,
+    ProtocolFeatures, VringAddr,
 };
 use vm_virtio::{Features, QueueState, RingPos, Status};
 
@@ -43,6 +45,8 @@ pub struct VhostUserOptions {
     pub queues: Option<u32>,
     /// The guest's memory.
     pub ram: TestRam,
+    /// Kicks, interrupts and errors as messages instead of eventfds, if the back-end offers that.
+    pub in_band: bool,
 }
 
 impl VhostUserOptions {
@@ -63,6 +67,7 @@ impl VhostUserOptions {
             queue_size: 64,
             queues: None,
             ram: TestRam::spread(2, 8 << 20),
+            in_band: false,
         }
     }
 }
@@ -74,6 +79,8 @@ struct Line {
     call: OwnedFd,
     err: OwnedFd,
     interrupts: u64,
+    /// An error of the ring came as a message.
+    failed: Cell<bool>,
     /// Where a stop ended; taken by the next start.
     base: Option<u32>,
 }
@@ -148,7 +155,11 @@ impl VhostUserDriver {
         let mut queues = 1;
         self.protocol = ProtocolFeatures::empty();
         if self.speaks_protocol(offered) {
-            self.protocol = self.endpoint.get_protocol_features()? & self.options.protocol;
+            let in_band = match self.options.in_band {
+                true => ProtocolFeatures::INBAND_NOTIFICATIONS,
+                false => ProtocolFeatures::empty(),
+            };
+            self.protocol = self.endpoint.get_protocol_features()? & (self.options.protocol | in_band);
             self.endpoint.set_protocol_features(self.protocol)?;
             if self.protocol.contains(ProtocolFeatures::MQ) {
                 queues = u32::try_from(self.endpoint.get_queue_num()?).unwrap_or(u32::MAX);
@@ -186,10 +197,12 @@ impl VhostUserDriver {
                 call: new_eventfd()?,
                 err: new_eventfd()?,
                 interrupts: 0,
+                failed: Cell::new(false),
                 base: None,
             });
         }
-        for (index, line) in (0..).zip(&self.lines) {
+        let files = !self.in_band();
+        for (index, line) in (0..).zip(&self.lines).filter(|_| files) {
             self.endpoint.set_vring_call(index, Some(line.call.as_fd()))?;
             self.endpoint.set_vring_err(index, Some(line.err.as_fd()))?;
         }
@@ -239,7 +252,7 @@ impl VhostUserDriver {
 
     /// NUM, BASE, ADDR, KICK, CALL of one ring.
     pub fn start_ring(&mut self, index: usize) -> Result<(), DriverError> {
-        let number = index as u32;
+        let (number, in_band) = (index as u32, self.in_band());
         let line = &mut self.lines[index];
         let base = match line.base.take() {
             Some(base) => base,
@@ -257,6 +270,9 @@ impl VhostUserDriver {
             avail: ram.user_addr(config.driver),
             log: 0,
         })?;
+        if in_band {
+            return Ok(self.endpoint.vring_kick(number)?);
+        }
         self.endpoint.set_vring_kick(number, Some(line.kick.as_fd()))?;
         self.endpoint.set_vring_call(number, Some(line.call.as_fd()))?;
         Ok(())
@@ -399,16 +415,46 @@ impl VhostUserDriver {
         self.lines[queue].call.as_fd()
     }
 
+    /// Whether notifications are messages.
+    fn in_band(&self) -> bool {
+        // Negotiated or not, files are preferred where they are given.
+        self.options.in_band && self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS)
+    }
+
+    /// Counts and acknowledges the interrupts and errors that came as messages. Other requests of the back-end are
+    /// acknowledged and lost.
+    fn hear(&mut self) {
+        let Some(listener) = &mut self.backend_requests else { return };
+        while let Ok(Some(received)) = listener.receive() {
+            match received.request {
+                BackendRequest::VringCall { index } => {
+                    self.lines.get_mut(index as usize).into_iter().for_each(|line| line.interrupts += 1);
+                }
+                BackendRequest::VringErr { index } => {
+                    self.lines.get(index as usize).into_iter().for_each(|line| line.failed.set(true));
+                }
+                _ => {}
+            }
+            // A back-end that is gone does not miss it.
+            let _ = listener.reply(received.ticket, Answer::Done);
+        }
+    }
+
     /// Interrupts of a queue so far.
     pub fn interrupts(&mut self, queue: usize) -> u64 {
+        if self.in_band() {
+            self.hear();
+        }
         let line = &mut self.lines[queue];
         line.interrupts += counted(&line.call);
         line.interrupts
     }
 
-    /// Whether the back-end reported an error of a ring since the last call.
+    /// Whether the back-end reported an error of a ring since the last call. What comes as a message is heard by
+    /// [`VhostUserDriver::interrupts`] and while waiting.
     pub fn ring_failed(&self, queue: usize) -> bool {
-        counted(&self.lines[queue].err) != 0
+        let line = &self.lines[queue];
+        counted(&line.err) != 0 || line.failed.take()
     }
 
     /// Notifies the device of new buffers, if it wants that. Returns whether it did.
@@ -426,6 +472,12 @@ impl VhostUserDriver {
 
     /// Notifies the device, wanted or not.
     pub fn kick_anyway(&self, queue: usize) {
+        if self.in_band() {
+            // VRING_KICK without need_reply: code, version 1, size, index, 0.
+            let message = [35, 1, 8, queue as u32, 0].map(u32::to_ne_bytes).concat();
+            let _ = std::io::Write::write_all(&mut self.endpoint.stream(), &message);
+            return;
+        }
         // Full means that a notification is pending.
         let _ = rustix::io::write(&self.lines[queue].kick, &1u64.to_ne_bytes());
     }
@@ -442,15 +494,20 @@ impl VhostUserDriver {
     /// As [`VhostUserDriver::wait_used`], for tests that expect a violation.
     pub fn try_wait_used(&mut self, queue: usize, timeout: Duration) -> Result<Option<Used>, Violation> {
         let deadline = Instant::now() + timeout;
-        let line = &mut self.lines[queue];
         loop {
+            if self.in_band() {
+                self.hear();
+            }
+            let listener = self.backend_requests.as_ref().filter(|_| self.in_band());
+            let line = &mut self.lines[queue];
             // Asking arms the interrupt and looks again: from here on a used buffer comes with one.
             if let Some(used) = line.ring.try_used()? {
                 return Ok(Some(used));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            let mut files = [PollFd::new(&line.call, PollFlags::IN)];
+            let notified = listener.map_or(line.call.as_fd(), |listener| listener.as_fd());
+            let mut files = [PollFd::from_borrowed_fd(notified, PollFlags::IN)];
             let ready = match poll(&mut files, Some(&limit)) {
                 Ok(ready) => ready,
                 Err(rustix::io::Errno::INTR) => continue,

@@ -498,8 +498,14 @@ impl<D: VirtioDevice> Engine<D> {
     /// The driver notified this queue: for hosts whose kicks are no files.
     pub fn kick(&self, queue: u16) {
         if let Some(lane) = self.lane(queue) {
-            lane.send(Command::Kick(queue));
+            lane.send(Command::Kick { queue, done: None });
         }
+    }
+
+    /// The driver notified this queue; the ticket ends when the queue's lane has heard it. For hosts whose kicks come as
+    /// messages: one at a time is under way.
+    pub fn kick_heard(&self, queue: u16) -> Ticket<()> {
+        self.tell(queue, |done| Command::Kick { queue, done: Some(done) })
     }
 
     /// Signals on the thread of the queue's lane, for files that come from a guest's front-end: writing to one can

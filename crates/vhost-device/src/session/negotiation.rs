@@ -11,12 +11,15 @@
 //!
 //! So unless the front-end has set DRIVER, a ring that it starts says that the driver is ready, and the session makes
 //! the missing steps itself ([`Session::make_ready`]). GET_STATUS does not show them.
+use std::sync::Arc;
+
 use vhost_user::{F_PROTOCOL_FEATURES, ProtocolFeatures};
 use vm_virtio::device::VirtioDevice;
 use vm_virtio::{FeatureError, Features, QueueState, Status};
 
 use super::{Refused, Session};
-use crate::ring::{Position, RingError, first_base};
+use crate::ring::{Notify, Position, RingError, first_base};
+use crate::task::TaskWaker;
 
 /// Everything that is implemented. CONFIG only for devices that have a configuration space.
 pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
@@ -24,6 +27,7 @@ pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
         | ProtocolFeatures::REPLY_ACK
         | ProtocolFeatures::BACKEND_REQ
         | ProtocolFeatures::RESET_DEVICE
+        | ProtocolFeatures::INBAND_NOTIFICATIONS
         | ProtocolFeatures::CONFIGURE_MEM_SLOTS
         | ProtocolFeatures::STATUS;
     if has_config { always | ProtocolFeatures::CONFIG } else { always }
@@ -85,7 +89,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         Ok(())
     }
 
-    pub(super) fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Result<(), Refused> {
+    pub(super) async fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Result<(), Refused> {
         let excess = features.difference(self.offered_protocol_features());
         if !excess.is_empty() {
             return Err(Refused::NotOffered(excess));
@@ -95,10 +99,23 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
         // Before the answer: whether there is one depends on it.
         self.endpoint.set_protocol_features(features);
-        if let Some((channel, _)) = &mut self.channel {
+        if let Some(channel) = &mut self.channel {
             channel.set_protocol_features(features);
         }
+        // Where interrupts go without a file depends on it.
+        for at in 0..self.rings.len() {
+            if matches!(self.rings[at].call, Notify::Unsaid) {
+                self.exchange_call(at).await;
+            }
+        }
         Ok(())
+    }
+
+    /// What to wake for interrupts and errors that have no file, if they are messages then.
+    pub(super) fn in_band(&self) -> Option<Arc<TaskWaker>> {
+        let negotiated = self.endpoint.protocol_features();
+        let in_band = negotiated.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+        in_band.then(|| self.guest.events.waker().clone())
     }
 
     /// RESET_DEVICE and SET_STATUS(0).
@@ -203,12 +220,13 @@ impl<D: VirtioDevice> Session<'_, D> {
 mod tests {
     use super::*;
 
-    /// MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, CONFIGURE_MEM_SLOTS 15, STATUS 16.
+    /// MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14, CONFIGURE_MEM_SLOTS 15,
+    /// STATUS 16.
     #[test]
     fn exactly_what_is_implemented_is_offered() {
         let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
-        assert_eq!(protocol_features(false).bits(), bits(&[0, 3, 5, 13, 15, 16]));
-        assert_eq!(protocol_features(true).bits(), bits(&[0, 3, 5, 9, 13, 15, 16]));
+        assert_eq!(protocol_features(false).bits(), bits(&[0, 3, 5, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(true).bits(), bits(&[0, 3, 5, 9, 13, 14, 15, 16]));
         assert_eq!(protocol_features(true).unmet(), None);
     }
 }

@@ -55,6 +55,12 @@ pub(crate) enum Refused {
 }
 
 impl Refused {
+    /// Whether the connection has to be closed, heard or not ("In-band notifications": there is no other way of
+    /// signalling this error).
+    pub(crate) fn ends_connection(&self) -> bool {
+        matches!(self, Refused::Unmet(ProtocolFeatures::INBAND_NOTIFICATIONS, _))
+    }
+
     /// Whether a front-end that does not hear of it would go on with features or memory that the back-end does not
     /// have. Everything else shows by itself: a ring that does not run, and its error file.
     pub(crate) fn desyncs(&self) -> bool {

@@ -1,13 +1,12 @@
 //! The messages about rings (vhost-user, "Ring states").
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use vhost_user::VringAddr;
 use vm_virtio::device::{Stop, VirtioDevice};
-use vm_virtio::{EventFd, QueueStart, QueueState, StartError, StopError};
+use vm_virtio::{QueueStart, QueueState, StartError, StopError};
 
 use super::{Refused, Session};
-use crate::ring::{KickFile, Position, RingError, Size};
+use crate::ring::{KickFile, Notify, Position, RingError, Size};
 
 impl<D: VirtioDevice> Session<'_, D> {
     /// The number of the ring, if there is one.
@@ -94,19 +93,38 @@ impl<D: VirtioDevice> Session<'_, D> {
         self.start_if_possible(at).await
     }
 
+    /// VRING_KICK: announces buffers, and starts the ring if need be. Heard by the ring's lane when this is over, so a
+    /// front-end that sends more than that can keep up with waits.
+    pub(super) async fn vring_kick(&mut self, index: u32) -> Result<(), Refused> {
+        let at = self.ring(index)?;
+        if self.rings[at].kick.is_none() {
+            self.rings[at].kick = Some(KickFile::InBand);
+            self.notice_new_driver(at).await;
+            self.start_if_possible(at).await?;
+        }
+        self.guest.engine.kick_heard(at as u16).await;
+        Ok(())
+    }
+
     pub(super) async fn set_call(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), Refused> {
         let at = self.ring(index)?;
-        let call = fd.map(EventFd::new).transpose()?.map(Arc::new);
-        self.rings[at].call = call;
-        if self.rings[at].running.is_some() {
-            self.guest.engine.set_call(at as u16, self.rings[at].call()).await;
-        }
+        self.rings[at].call = Notify::new(fd)?;
+        self.exchange_call(at).await;
         Ok(())
+    }
+
+    /// Where the interrupts of a ring go has changed.
+    pub(super) async fn exchange_call(&mut self, at: usize) {
+        if self.rings[at].running.is_some() {
+            let in_band = self.in_band();
+            let call = self.rings[at].call(in_band.as_ref());
+            self.guest.engine.set_call(at as u16, call).await;
+        }
     }
 
     pub(super) fn set_err(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), Refused> {
         let at = self.ring(index)?;
-        self.rings[at].err = fd.map(EventFd::new).transpose()?.map(Arc::new);
+        self.rings[at].err = Notify::new(fd)?;
         Ok(())
     }
 
@@ -143,10 +161,12 @@ impl<D: VirtioDevice> Session<'_, D> {
         let config = self.rings[at].place(&self.memory, packed)?;
         let state = self.rings[at].state(&config, self.memory.ram(), packed)?;
         self.make_ready().await?;
-        let ring = &self.rings[at];
+        let in_band = self.in_band();
+        let ring = &mut self.rings[at];
+        let call = ring.call(in_band.as_ref());
         let Some(kick) = &ring.kick else { return Err(RingError::Incomplete) };
         let queue = at as u16;
-        let start = QueueStart { config, state, inflight: None, kick: kick.for_engine()?, call: ring.call() };
+        let start = QueueStart { config, state, inflight: None, kick: kick.for_engine()?, call };
         let engine = &self.guest.engine;
         // A reset has disabled it in the engine.
         engine.enable(queue, ring.enabled).await;
@@ -177,6 +197,8 @@ impl<D: VirtioDevice> Session<'_, D> {
     /// Notes where a ring stopped. Requests that did not finish in time are lost with it: the engine says so in the
     /// status, and the front-end hears of it here (failure policy 7).
     pub(super) async fn stopped(&mut self, queue: u16, stopped: Result<QueueState, StopError>) {
+        // While the ring still runs: its last interrupts.
+        self.send_call(usize::from(queue), true);
         let Some(ring) = self.rings.get_mut(usize::from(queue)) else { return };
         ring.running = None;
         match stopped {

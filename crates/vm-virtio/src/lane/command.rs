@@ -82,7 +82,11 @@ pub(crate) enum Command<W: Worker> {
         device: Option<GuestAddress>,
         done: Completer<()>,
     },
-    Kick(u16),
+    Kick {
+        queue: u16,
+        /// Whoever waits until it is heard.
+        done: Option<Completer<()>>,
+    },
     /// Whoever made the file behind it can make it block: only this guest's lane is to feel that.
     Signal {
         interrupt: Arc<dyn Interrupt>,

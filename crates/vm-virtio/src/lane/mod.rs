@@ -470,7 +470,7 @@ impl<W: Worker> LaneRunner<W> {
                 }
                 done.complete(());
             }
-            Command::Kick(queue) => {
+            Command::Kick { queue, done: _done } => {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].ready = true;
                     self.rings[at].tally.kicked();

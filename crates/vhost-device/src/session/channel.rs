@@ -1,0 +1,164 @@
+//! What the back-end has to say by itself: changes of the configuration space, errors of rings, and interrupts where
+//! they are messages. All of it bounded: news merge while the front-end does not listen.
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+
+use vhost_user::{BackendChannel, BackendCode, BackendRequest, Error, ProtocolFeatures, RequestId};
+use vm_virtio::device::VirtioDevice;
+use vm_virtio::{HostEvent, Ticket};
+
+use super::{Refused, Session};
+use crate::ring::Notify;
+use crate::task::Watch;
+
+/// The socket of SET_BACKEND_REQ_FD.
+pub(super) struct Channel {
+    socket: BackendChannel,
+    /// Interrupts that are not acknowledged, in the order of their messages, and whose ring they are of.
+    calls: VecDeque<(RequestId, usize)>,
+    _watch: Watch,
+}
+
+impl Channel {
+    pub(super) fn set_protocol_features(&mut self, negotiated: ProtocolFeatures) {
+        self.socket.set_protocol_features(negotiated);
+    }
+
+    /// Sends what waits.
+    fn flush(&mut self) -> Result<(), Error> {
+        if self.socket.wants_write() { self.socket.flush() } else { Ok(()) }
+    }
+
+    fn call(&mut self, ring: usize) -> Result<(), Error> {
+        // Rings have 16-bit numbers.
+        let id = self.socket.request(BackendRequest::VringCall { index: ring as u32 }, true)?;
+        self.calls.push_back((id, ring));
+        Ok(())
+    }
+}
+
+impl<D: VirtioDevice> Session<'_, D> {
+    pub(super) fn set_channel(&mut self, fd: OwnedFd) -> Result<(), Refused> {
+        let socket = BackendChannel::new(fd, self.endpoint.protocol_features())?;
+        let token = self.guest.tokens().channel();
+        // The former channel's watch must be gone before its token is used again.
+        self.lose_channel();
+        let watch = Watch::new(&self.guest.host.reactor, token, socket.as_fd())?;
+        self.channel = Some(Channel { socket, calls: VecDeque::new(), _watch: watch });
+        Ok(())
+    }
+
+    fn lose_channel(&mut self) {
+        self.channel = None;
+        self.rings.iter().filter_map(|ring| ring.in_band.as_ref()).for_each(|call| call.lost());
+    }
+
+    /// Tells the front-end that a ring is broken. A file is not written on this thread: the front-end can make it block.
+    /// Whoever can be made to do so again and again waits for the ticket, so that no more than one is under way.
+    pub(super) fn signal_error(&mut self, at: usize) -> Ticket<()> {
+        match self.rings.get(at).map(|ring| &ring.err) {
+            Some(Notify::File(file)) => return self.guest.engine.signal(at as u16, file.clone()),
+            Some(Notify::Unsaid) if self.in_band().is_some() => {
+                let error = BackendRequest::VringErr { index: at as u32 };
+                self.with_channel(|channel| channel.socket.request(error, true).map(|_| ()));
+            }
+            _ => {}
+        }
+        Ticket::ready(())
+    }
+
+    /// Errors of rings, interrupts and changes of the configuration space to the front-end; its acknowledgements.
+    pub(super) fn pass_on_events(&mut self) {
+        for event in self.guest.events.take() {
+            self.guest.log_event(&event);
+            match event {
+                HostEvent::QueueFault { queue, .. } => {
+                    // Once per start of a ring.
+                    drop(self.signal_error(usize::from(queue)));
+                }
+                // A worker that failed serves no ring any more. After the fault of one ring the others go on.
+                HostEvent::NeedsReset { .. } if self.guest.worker_failed() => {
+                    for at in 0..self.rings.len() {
+                        if self.rings[at].running.is_some() {
+                            drop(self.signal_error(at));
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.with_channel(Channel::flush);
+        self.take_answers();
+        // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.
+        if self.is_suspended() {
+            return;
+        }
+        self.send_calls();
+        let wanted = wants_config(self.endpoint.protocol_features());
+        if self.channel.is_some() && wanted && self.guest.events.config_changed() {
+            self.guest.events.config_told();
+            self.with_channel(|channel| channel.socket.config_changed().map(|_| ()));
+        }
+    }
+
+    /// One message for each ring that has used buffers since its last; see `inband.rs`.
+    fn send_calls(&mut self) {
+        for at in 0..self.rings.len() {
+            self.send_call(at, false);
+        }
+    }
+
+    /// The same for one ring. `last`: it stops.
+    pub(super) fn send_call(&mut self, at: usize, last: bool) {
+        let Some(ring) = self.rings.get(at).filter(|ring| ring.running.is_some()) else { return };
+        if self.channel.is_some() && ring.in_band.as_ref().is_some_and(|call| call.take(last)) {
+            self.with_channel(|channel| channel.call(at));
+        }
+    }
+
+    fn take_answers(&mut self) {
+        while let Some(channel) = &mut self.channel {
+            match channel.socket.receive() {
+                Ok(None) => return,
+                Ok(Some(reply)) => {
+                    if reply.value != 0 {
+                        let (code, value) = (reply.code, reply.value);
+                        tracing::warn!(guest = self.guest.index, %code, value, "the front-end refused a request");
+                    }
+                    if reply.code == BackendCode::VringCall
+                        && let Some((_, ring)) = channel.calls.pop_front_if(|(id, _)| *id == reply.id)
+                        && !channel.calls.iter().any(|(_, other)| *other == ring)
+                        && let Some(call) = self.rings.get(ring).and_then(|ring| ring.in_band.as_ref())
+                    {
+                        call.acknowledged();
+                    }
+                }
+                Err(error) => {
+                    self.channel_ended(&error);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn with_channel(&mut self, what: impl FnOnce(&mut Channel) -> Result<(), Error>) {
+        let Some(channel) = &mut self.channel else { return };
+        if let Err(error) = what(channel) {
+            self.channel_ended(&error);
+        }
+    }
+
+    fn channel_ended(&mut self, error: &Error) {
+        let (guest, what) = (self.guest.index, "the channel for requests to the front-end has ended");
+        match error {
+            Error::Disconnected => tracing::debug!(guest, "{what}"),
+            error => tracing::warn!(guest, %error, "{what}"),
+        }
+        self.lose_channel();
+    }
+}
+
+/// Whether the front-end wants to hear of configuration changes.
+fn wants_config(negotiated: ProtocolFeatures) -> bool {
+    negotiated.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::CONFIG)
+}

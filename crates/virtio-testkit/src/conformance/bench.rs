@@ -182,6 +182,24 @@ impl<'h> Bench<'h> {
         self.ask_as(queue, Cut::Whole, Shape::Direct)
     }
 
+    /// One request, and an interrupt for it even if the answer was seen without.
+    pub(super) fn ask_notified(&mut self, queue: usize) -> Checked {
+        // Finding nothing moves the driver's event on.
+        if let Some(used) = self.host.ring(queue).try_used()? {
+            return broken(format!("buffer {} was used, which is not out", used.id));
+        }
+        let before = self.host.interrupts(queue);
+        self.ask(queue)?;
+        let deadline = Instant::now() + self.patience;
+        while self.host.interrupts(queue) == before {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.host.wait(queue, left)? && self.host.interrupts(queue) == before {
+                return broken("a buffer was used and no interrupt came");
+            }
+        }
+        Ok(())
+    }
+
     /// One request of the caller's own, whatever the answer.
     pub(super) fn exchange(&mut self, queue: usize, request: Request) -> Checked {
         let chain = self.cut(&request, Cut::Whole);
@@ -214,9 +232,10 @@ impl<'h> Bench<'h> {
         Ok(())
     }
 
-    /// Checks that the device does nothing to a queue: no buffer used, no interrupt.
+    /// Kicks and checks that the device does nothing to a queue: no buffer used, no interrupt.
     pub(super) fn quiet(&mut self, queue: usize, when: &str) -> Checked {
         let before = self.host.interrupts(queue);
+        self.host.kick(queue)?;
         self.host.rest()?;
         if let Some(used) = self.host.ring(queue).try_used()? {
             return broken(format!("{when}, buffer {} was used", used.id));

@@ -5,8 +5,10 @@ use std::time::Duration;
 use vm_virtio::{Features, Status};
 
 use super::line;
+use crate::conformance::bench::Cut;
 use crate::conformance::{Bench, Checked, Line, Run, Trouble, broken};
 use crate::hostile::{Breakage, Havoc, features_of};
+use crate::ring::Shape;
 
 pub(super) fn lines() -> Vec<Line> {
     use Breakage as B;
@@ -41,7 +43,15 @@ pub(super) fn lines() -> Vec<Line> {
         "Nonsense of every kind: nothing is harmed, a reset heals",
         havoc,
     );
-    all.chain([wild.layouts()]).collect()
+    let aspect =
+        |id, text| Line { run: Run::Fault(B::Unmapped), ..line(id, "policy 1", text, |_| Ok(())).layouts() };
+    let aspects = [
+        aspect("fault-needs-reset", "A broken ring sets DEVICE_NEEDS_RESET"),
+        aspect("fault-stays", "A broken ring stays stopped, whatever is added"),
+        aspect("fault-others-go-on", "The other queues go on"),
+        aspect("fault-heals", "After a reset the ring works again"),
+    ];
+    all.chain(aspects).chain([wild.layouts()]).collect()
 }
 
 /// One rule is broken: the queue stops and says so, the others go on, nothing is touched, a reset heals.
@@ -77,6 +87,9 @@ pub(in crate::conformance) fn fault(bench: &mut Bench<'_>, breakage: Breakage) -
             return broken(format!("afterwards queue {other} does not go on: {trouble}"));
         }
     }
+    // A good request behind the broken one. Packed, it takes the broken one's place.
+    bench.stage(queue, Cut::Whole, Shape::Direct)?;
+    bench.host.ring(queue).publish();
     bench.host.kick(queue)?;
     bench.host.rest()?;
     if bench.host.ring(queue).glance().is_some() {

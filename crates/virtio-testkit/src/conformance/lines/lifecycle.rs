@@ -54,7 +54,6 @@ fn driver_ok(bench: &mut Bench<'_>) -> Checked {
     let asked = bench.stage(queue, Cut::Whole, Shape::Direct)?;
     bench.host.ring(queue).publish();
     bench.host.start_rings()?;
-    bench.host.kick(queue)?;
     bench.quiet(queue, "before DRIVER_OK")?;
     bench.host.driver_ok()?;
     let used = bench.used(queue)?;
@@ -76,7 +75,6 @@ fn reset_quiet(bench: &mut Bench<'_>) -> Checked {
     bench.host.reset()?;
     bench.stage(queue, Cut::Whole, Shape::Direct)?;
     bench.host.ring(queue).publish();
-    bench.host.kick(queue)?;
     bench.quiet(queue, "after a reset")?;
     Ok(bench.host.ring(queue).check_untouched()?)
 }

@@ -339,8 +339,9 @@ fn disabled(bench: &mut Bench<'_>) -> Checked {
     }
     bench.ask(queue)?;
     bench.host.wire()?.now()?.enable(queue, false)?;
+    // An interrupt that was on its way.
+    bench.host.rest()?;
     // Enabled or not, a ring without buffers has nothing to tell.
-    bench.host.kick(queue)?;
     bench.quiet(queue, "while the ring was disabled")
 }
 
@@ -356,7 +357,7 @@ fn call_changes(bench: &mut Bench<'_>) -> Checked {
         now.endpoint.set_vring_call(queue as u32, Some(new))?;
         // Interrupts that are sent to be sure that none is lost.
         counted(&old);
-        bench.ask(queue)?;
+        bench.ask_notified(queue)?;
         if counted(&old) != 0 {
             return broken("an interrupt came through the old file");
         }
@@ -415,7 +416,6 @@ fn stopped_quiet(bench: &mut Bench<'_>) -> Checked {
     }
     let asked = bench.stage(queue, Cut::Whole, Shape::Direct)?;
     bench.host.ring(queue).publish();
-    bench.host.kick(queue)?;
     bench.quiet(queue, "while the ring was stopped")?;
     bench.host.ring(queue).check_untouched()?;
     for every in 0..bench.host.queues() {

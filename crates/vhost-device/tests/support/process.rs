@@ -90,10 +90,17 @@ impl Drop for Process {
 
 /// Gives descriptors to a child under fixed numbers.
 pub fn pass(command: &mut Command, fds: &[(RawFd, RawFd)]) {
-    let fds = fds.to_vec();
-    // SAFETY: dup2 and fcntl are safe to call between fork and exec.
+    let mut fds = fds.to_vec();
+    // SAFETY: dup2 and fcntl are safe to call between fork and exec; nothing is allocated.
     unsafe {
         command.pre_exec(move || {
+            // Out of the way first: a number that is to be given may be that of another one to give.
+            for (from, _) in &mut fds {
+                *from = libc::fcntl(*from, libc::F_DUPFD_CLOEXEC, 100);
+                if *from < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
             for (from, to) in &fds {
                 let outcome =
                     if from == to { libc::fcntl(*from, libc::F_SETFD, 0) } else { libc::dup2(*from, *to) };

@@ -27,6 +27,8 @@ pub const INDIRECT_DESC: u32 = 28;
 pub const EVENT_IDX: u32 = 29;
 /// A device of version 1 and up.
 pub const VERSION_1: u32 = 32;
+/// Addresses go through the platform, e.g. an IOMMU.
+pub const ACCESS_PLATFORM: u32 = 33;
 /// Packed rings.
 pub const RING_PACKED: u32 = 34;
 /// Buffers come back in order.
@@ -38,7 +40,7 @@ const NAMES: [(u32, &str); 15] = [
     (INDIRECT_DESC, "INDIRECT_DESC"),
     (EVENT_IDX, "EVENT_IDX"),
     (VERSION_1, "VERSION_1"),
-    (33, "ACCESS_PLATFORM"),
+    (ACCESS_PLATFORM, "ACCESS_PLATFORM"),
     (RING_PACKED, "RING_PACKED"),
     (IN_ORDER, "IN_ORDER"),
     (36, "ORDER_PLATFORM"),

@@ -132,9 +132,12 @@ pub enum UsageError {
     Required,
 }
 
+/// What every device of a daemon offers.
+const OFFERED: Features = Features::RING.union(Features::ACCESS_PLATFORM);
+
 /// The features that `--without` can withhold, for people.
 fn withholdable() -> String {
-    (Features::RING - Features::VERSION_1).names().collect::<Vec<_>>().join(", ")
+    (OFFERED - Features::VERSION_1).names().collect::<Vec<_>>().join(", ")
 }
 
 /// The environment variables that matter, taken once.
@@ -278,7 +281,7 @@ impl CommonArgs {
             if feature == Features::VERSION_1 {
                 return Err(UsageError::Required);
             }
-            if !Features::RING.contains(feature) {
+            if !OFFERED.contains(feature) {
                 return Err(UsageError::NotOffered(name.clone()));
             }
             withheld |= feature;
@@ -444,7 +447,10 @@ mod tests {
             CommonArgs { without: vec!["ring_packed".into(), "event_idx".into()], ..Default::default() };
         assert_eq!(args.without().unwrap(), Features::RING_PACKED | Features::EVENT_IDX);
         let text = refusal("-s /tmp/x --without ring_packed,warp_drive");
-        assert!(text.contains("warp_drive") && text.contains("indirect_desc, event_idx"), "{text}");
+        assert!(
+            text.contains("warp_drive") && text.contains("indirect_desc, event_idx, access_platform"),
+            "{text}"
+        );
         assert!(refusal("-s /tmp/x --without version_1").contains("6.2"));
         assert!(refusal("-s /tmp/x --without ring_reset").contains("never offered"));
         assert!(refusal("-s /tmp/x --without=").contains("no feature"));

@@ -171,8 +171,13 @@ impl<D: VirtioDevice> Daemon<D> {
             let task = TaskWaker::new(waker.clone());
             let events = Events::new(task.clone());
             let spin = SpinPolicy { limit: options.spin };
-            let options =
-                EngineOptions { without: options.without, spin, ..EngineOptions::new(events.clone()) };
+            let options = EngineOptions {
+                without: options.without,
+                // The front-end translates for the IOMMU: IOTLB messages.
+                carried: Features::ACCESS_PLATFORM,
+                spin,
+                ..EngineOptions::new(events.clone())
+            };
             let (engine, lanes) =
                 Engine::new(device, options).map_err(|source| DaemonError::Engine { guest, source })?;
             devices.push((engine, lanes, events, task));

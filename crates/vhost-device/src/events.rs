@@ -51,6 +51,12 @@ impl HostEvents for Events {
         }
         match event {
             HostEvent::ConfigChanged => {}
+            // The last one of a queue counts, and none may be lost: the queue waits.
+            HostEvent::Miss { queue, miss } => {
+                let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+                others.retain(|other| !matches!(other, HostEvent::Miss { queue: of, .. } if *of == queue));
+                others.push(HostEvent::Miss { queue, miss });
+            }
             other => {
                 let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
                 if others.len() < KEPT {

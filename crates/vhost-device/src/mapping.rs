@@ -147,7 +147,6 @@ pub(crate) fn map(
 
 /// Maps `size` bytes of the file behind `fd` at `offset`, for reading and writing: memory that is shared beside that of
 /// the guest. It counts towards the same budget.
-#[cfg_attr(not(test), expect(dead_code, reason = "used by in-flight tracking and the dirty log"))]
 pub(crate) fn map_beside(
     fd: BorrowedFd<'_>,
     offset: u64,

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost_user::MemoryRegion;
+use vm_virtio::memory::iotlb::{Iotlb, IotlbError, Rights, Translation};
 use vm_virtio::{GuestAddress, GuestRam};
 
 use crate::mapping::{self, Budget, MapError, MappedRegion};
@@ -31,6 +32,17 @@ pub(crate) enum MemoryError {
     /// Asked to remove what is not there.
     #[error("there is no memory region of {size:#x} bytes at guest {guest:#x}, user {user:#x}")]
     Unknown { guest: u64, user: u64, size: u64 },
+    /// No translation of an IOMMU.
+    #[error(transparent)]
+    Translation(#[from] IotlbError),
+    /// A translation leads nowhere ("IOMMU support").
+    #[error(
+        "a translation of {iova:#x} leads to {size:#x} bytes at user {user:#x}, which are in no memory region"
+    )]
+    Nowhere { iova: u64, user: u64, size: u64 },
+    /// The device is behind no IOMMU.
+    #[error("an IOTLB message, but VIRTIO_F_ACCESS_PLATFORM was not negotiated")]
+    NoIommu,
     /// The file cannot be mapped.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -57,14 +69,17 @@ fn overlap(a: u64, b: u64, a_size: u64, b_size: u64) -> bool {
 pub(crate) struct MemoryTable {
     /// By user address, for translation.
     regions: Vec<Region>,
+    /// What devices see: all of it, or what the IOMMU shows them.
     ram: GuestRam,
+    /// Translations to user addresses, if the device is behind an IOMMU.
+    iotlb: Option<Iotlb>,
     budget: Arc<Budget>,
 }
 
 impl MemoryTable {
     /// No memory at all; what comes is mapped within this budget.
     pub(crate) fn new(budget: Arc<Budget>) -> MemoryTable {
-        MemoryTable { regions: Vec::new(), ram: GuestRam::empty(), budget }
+        MemoryTable { regions: Vec::new(), ram: GuestRam::empty(), iotlb: None, budget }
     }
 
     /// What devices see.
@@ -102,7 +117,53 @@ impl MemoryTable {
         let ram = GuestRam::from_files(
             regions.iter().map(|region| (region.mapped.clone(), mapping::poison(&region.mapped))),
         )?;
-        Ok(MemoryTable { regions, ram, budget: self.budget.clone() })
+        MemoryTable { regions, ram, iotlb: self.iotlb.clone(), budget: self.budget.clone() }.seen()
+    }
+
+    /// The same with what the device sees of it, its memory being there. A translation that leads out of the regions
+    /// is as good as none.
+    fn seen(mut self) -> Result<MemoryTable, MemoryError> {
+        if let Some(iotlb) = &self.iotlb {
+            let translations = iotlb.iter().filter_map(|(iova, len, user, rights)| {
+                let addr = self.translate(user, len)?;
+                Some(Translation { iova, len, addr, rights })
+            });
+            self.ram = self.ram.translated(translations)?;
+        }
+        Ok(self)
+    }
+
+    /// Whether the device is behind an IOMMU: its addresses are IOVAs.
+    pub(crate) fn is_translated(&self) -> bool {
+        self.iotlb.is_some()
+    }
+
+    /// The same behind an IOMMU of which nothing is known yet, or behind none.
+    pub(crate) fn behind_iommu(&self, on: bool) -> Result<MemoryTable, MemoryError> {
+        let iotlb = on.then(Iotlb::default);
+        MemoryTable { iotlb, budget: self.budget.clone(), ..self.clone() }.of(self.regions.clone())
+    }
+
+    /// IOTLB update.
+    pub(crate) fn updated(
+        &self,
+        iova: u64,
+        size: u64,
+        user: u64,
+        rights: Rights,
+    ) -> Result<MemoryTable, MemoryError> {
+        let mut next = self.clone();
+        let iotlb = next.iotlb.as_mut().ok_or(MemoryError::NoIommu)?;
+        iotlb.update(iova, size, user, rights)?;
+        self.translate(user, size).ok_or(MemoryError::Nowhere { iova, user, size })?;
+        next.seen()
+    }
+
+    /// IOTLB invalidate.
+    pub(crate) fn invalidated(&self, iova: u64, size: u64) -> Result<MemoryTable, MemoryError> {
+        let mut next = self.clone();
+        next.iotlb.as_mut().ok_or(MemoryError::NoIommu)?.invalidate(iova, size);
+        next.seen()
     }
 
     /// The guest address of `len` bytes that the front-end knows at `user`, all in one region.

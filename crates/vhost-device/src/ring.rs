@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost_user::VringAddr;
+use vm_virtio::queue::Miss;
 use vm_virtio::{
     Call, EventFd, GuestAddress, GuestRam, Interrupt, Kick, QueueConfig, QueueError, QueueState, RingPos,
     StartError,
@@ -16,6 +17,9 @@ use vm_virtio::{
 use crate::inband::InBandCall;
 use crate::memory::MemoryTable;
 use crate::task::TaskWaker;
+
+/// `VHOST_VRING_F_LOG` of SET_VRING_ADDR's flags.
+const F_LOG: u32 = 1;
 
 /// Why a started ring does not run.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,15 @@ pub(crate) enum RingError {
 }
 
 impl RingError {
+    /// The translation that is missing.
+    pub(crate) fn miss(&self) -> Option<Miss> {
+        match self {
+            RingError::Position(QueueError::Miss(miss))
+            | RingError::Start(StartError::Queue(QueueError::Miss(miss))) => Some(*miss),
+            _ => None,
+        }
+    }
+
     /// Whether a later message may bring what is missing.
     pub(crate) fn may_heal(&self) -> bool {
         matches!(self, RingError::Incomplete | RingError::Unmapped { .. })
@@ -97,6 +110,8 @@ pub(crate) struct Ring {
     pub(crate) enabled: bool,
     /// With what the engine serves it.
     pub(crate) running: Option<QueueConfig>,
+    /// The translation without which it cannot start.
+    pub(crate) asked: Option<Miss>,
 }
 
 impl Default for Ring {
@@ -111,6 +126,7 @@ impl Default for Ring {
             in_band: None,
             enabled: false,
             running: None,
+            asked: None,
         }
     }
 }
@@ -181,6 +197,10 @@ impl Ring {
         // The lengths of 2.7 (with event fields, which are part of the areas in any case) and of 2.8.10.1.
         let (driver_len, device_len) = if packed { (4, 4) } else { (6 + 2 * n, 6 + 8 * n) };
         let find = |area, user, len| -> Result<GuestAddress, RingError> {
+            // What is missing there, the engine says.
+            if memory.is_translated() {
+                return Ok(GuestAddress(user));
+            }
             memory.translate(user, len).ok_or(RingError::Unmapped { area, user })
         };
         Ok(QueueConfig {
@@ -189,6 +209,12 @@ impl Ring {
             driver: find("driver area", addr.avail, driver_len)?,
             device: find("device area", addr.used, device_len)?,
         })
+    }
+
+    /// Where the front-end wants writes to the device area logged: guest-physical, or an IOVA like the ring's.
+    pub(crate) fn logged(&self, translated: bool) -> Option<GuestAddress> {
+        let addr = self.addr.as_ref().filter(|addr| addr.flags & F_LOG != 0)?;
+        Some(GuestAddress(if translated { addr.used } else { addr.log }))
     }
 
     /// Where the ring goes on. The used index of a split ring is not part of the base: it is what stands in guest
@@ -228,11 +254,13 @@ impl Ring {
     /// A device reset: stopped, disabled, back to the beginning (VHOST_USER_RESET_DEVICE). What belongs to the
     /// connection rather than to the device's state stays: sizes, addresses, call and error files.
     pub(crate) fn reset(&mut self) {
-        let Ring { size: _, addr: _, position, kick, call: _, err: _, in_band: _, enabled, running } = self;
+        let Ring { size: _, addr: _, position, kick, call: _, err: _, in_band: _, enabled, running, asked } =
+            self;
         *position = Position::Start;
         *kick = None;
         *enabled = false;
         *running = None;
+        *asked = None;
     }
 }
 

@@ -9,11 +9,14 @@
 //! connection alone, unless both sides would disagree about features or memory from then on ([`Refused::desyncs`]):
 //! then the connection is closed, as is one whose stream cannot be understood any more.
 mod channel;
+mod iommu;
+mod log;
 mod memory;
 mod negotiation;
 mod refused;
 mod rings;
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
@@ -22,7 +25,9 @@ use std::os::unix::net::UnixStream;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use vhost_user::{Answer, BackendEndpoint, Error, FrontendRequest, Received, ReplyTicket, config_flags};
+use vhost_user::{
+    Answer, BackendEndpoint, Error, FrontendRequest, IotlbReport, Received, ReplyTicket, config_flags,
+};
 use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
 use vm_virtio::engine::STOP_DEADLINE;
 use vm_virtio::{Features, GuestRam, WaitFor};
@@ -34,6 +39,7 @@ use crate::ring::Ring;
 use crate::task::{Watch, yield_now};
 
 use channel::Channel;
+use log::Log;
 pub(crate) use refused::Refused;
 
 /// How long requests may take to finish when the daemon is asked to end: shorter than the usual patience of those who
@@ -80,7 +86,14 @@ impl fmt::Display for End {
 /// What there is to do next.
 enum Next {
     Request(Received),
-    Refused { error: String, ticket: ReplyTicket },
+    Refused {
+        error: String,
+        ticket: ReplyTicket,
+    },
+    /// A translation has proved insufficient.
+    Forget {
+        iova: u64,
+    },
     End(End),
 }
 
@@ -93,7 +106,12 @@ pub(crate) struct Session<'g, D: VirtioDevice> {
     /// For requests to the front-end.
     channel: Option<Channel>,
     memory: MemoryTable,
+    log: Log,
     rings: Vec<Ring>,
+    /// For the front-end: translations that are missing.
+    reports: VecDeque<IotlbReport>,
+    /// Translations that do not allow what a queue wants.
+    denied: Vec<u64>,
     /// SET_FEATURES, without the protocol's own bit.
     acked: Option<Features>,
     /// Whether bit 30 was acknowledged: rings begin disabled, and SET_VRING_ENABLE rules.
@@ -117,7 +135,10 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             listener,
             channel: None,
             memory: MemoryTable::new(guest.budget.clone()),
+            log: Log::default(),
             rings: guest.engine.queues().iter().map(|_| Ring::default()).collect(),
+            reports: VecDeque::new(),
+            denied: Vec::new(),
             acked: None,
             enable_rules: true,
             _watch: watch,
@@ -134,6 +155,10 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             }
             let outcome = match self.next().await {
                 Next::End(end) => return end,
+                Next::Forget { iova } => {
+                    self.forget_translation(iova).await;
+                    Ok(())
+                }
                 Next::Refused { error, ticket } => {
                     count(&self.guest.counts.messages);
                     count(&self.guest.counts.refused);
@@ -175,6 +200,9 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                 return Poll::Ready(Next::End(End::Stopping));
             }
             self.pass_on_events();
+            if let Some(iova) = self.denied.pop() {
+                return Poll::Ready(Next::Forget { iova });
+            }
             // Whoever does not read replies is not read either.
             if self.endpoint.wants_write() {
                 match self.endpoint.flush() {
@@ -221,18 +249,21 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             R::GetMaxMemSlots => return Ok(Answer::U64(MEMORY_SLOTS as u64)),
             R::SetMemTable(table) => {
                 let next = self.memory.replaced(table)?;
-                self.change_memory(next).await;
+                self.change_memory(next, WaitFor::NewRequests).await;
             }
             R::AddMemReg(region, fd) => {
                 let next = self.memory.with(&region, &fd)?;
                 // The mapping does not need it any more.
                 drop(fd);
-                self.change_memory(next).await;
+                self.change_memory(next, WaitFor::NewRequests).await;
             }
             R::RemMemReg(region) => {
                 let next = self.memory.without(&region)?;
-                self.change_memory(next).await;
+                self.change_memory(next, WaitFor::NewRequests).await;
             }
+            R::SetLogBase(area, fd) => self.set_log_base(area, fd).await?,
+            R::SetLogFd(fd) => self.set_log_fd(fd).await?,
+            R::Iotlb(change) => self.change_iotlb(change).await?,
             R::SetVringNum { index, num } => self.set_num(index, num)?,
             R::SetVringAddr(addr) => self.set_addr(addr).await?,
             R::SetVringBase { index, base } => self.set_base(index, base)?,
@@ -287,6 +318,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             // The engine keeps a call file over a stop, also over one that was before.
             engine.set_call(queue, None).await;
         }
+        engine.log(None).await;
         engine.memory(GuestRam::empty(), WaitFor::NewRequests).await;
     }
 }

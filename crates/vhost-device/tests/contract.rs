@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use support::*;
 use vhost_user::{
-    BackendRequest, Error, F_PROTOCOL_FEATURES, FrontendCode, FrontendEndpoint, MemoryRegion,
+    BackendRequest, Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, FrontendEndpoint, MemoryRegion,
     ProtocolFeatures, VringAddr, config_flags, flags,
 };
 use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
@@ -54,11 +54,11 @@ fn region_of(driver: &VhostUserDriver, at: usize) -> MemoryRegion {
 
 #[test]
 fn protocol_features_come_before_features_and_are_exactly_those_implemented() {
-    for (config, expected) in [(0, 0x1_e029_u64), (8, 0x1_e229)] {
+    for (config, expected) in [(0, 0x1_e02b_u64), (8, 0x1_e22b)] {
         let daemon = TestDaemon::with(1, move || Echo::new(config));
         let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
         let offered = endpoint.get_protocol_features().unwrap();
-        // MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14,
+        // MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14,
         // CONFIGURE_MEM_SLOTS 15, STATUS 16.
         assert_eq!(offered.bits(), expected, "{offered:?}");
         endpoint.set_protocol_features(offered).unwrap();
@@ -68,10 +68,11 @@ fn protocol_features_come_before_features_and_are_exactly_those_implemented() {
 }
 
 #[test]
-fn features_are_the_devices_and_the_rings_and_bit_30_and_no_log() {
+fn features_are_the_devices_and_the_rings_and_those_of_vhost_user() {
     let daemon = TestDaemon::start();
     let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
-    let expected = (echo::FEATURE | Features::RING).low64() | F_PROTOCOL_FEATURES;
+    let expected = (echo::FEATURE | Features::RING | Features::ACCESS_PLATFORM).low64();
+    let expected = expected | F_PROTOCOL_FEATURES | F_LOG_ALL;
     assert_eq!(endpoint.get_features().unwrap(), expected);
 }
 

@@ -235,7 +235,7 @@ fn peers_all_daemons_socket_activation_is_served() {
 fn features_are_withheld() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let names = "ring_packed,event_idx,indirect_desc,in_order";
+    let names = "ring_packed,event_idx,indirect_desc,in_order,access_platform";
     let _process = Process::ready(&["-s", socket.to_str().unwrap(), "--without", names]);
     let mut driver = driver(&socket);
     let offered = driver.offered();

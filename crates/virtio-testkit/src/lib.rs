@@ -37,5 +37,5 @@ pub use connect::connect;
 pub use memory_host::{MemoryHost, MemoryHostBuilder};
 pub use ram::{RamRegion, TestRam};
 pub use ring::{Buf, Interrupts, RingDriver, RingFull, RingLayout, Shape, Used};
-pub use vhost_user_driver::{DriverError, VhostUserDriver, VhostUserOptions};
+pub use vhost_user_driver::{DriverError, PHYSICAL, VhostUserDriver, VhostUserOptions};
 pub use violation::Violation;

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user::{
-    Answer, BackendListener, BackendRequest, Error, F_PROTOCOL_FEATURES, FrontendEndpoint, MemoryRegion,
-    ProtocolFeatures, VringAddr,
+    Answer, BackendListener, BackendRequest, Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendEndpoint,
+    IotlbAccess, IotlbChange, IotlbReport, MemoryRegion, ProtocolFeatures, VringAddr,
 };
-use vm_virtio::{Features, QueueState, RingPos, Status};
+use vm_virtio::{Features, GuestAddress, QueueState, RingPos, Status};
 
 use crate::connect::connect;
 use crate::{Interrupts, RingDriver, RingLayout, TestRam, Used, Violation};
@@ -47,7 +47,16 @@ pub struct VhostUserOptions {
     pub ram: TestRam,
     /// Kicks, interrupts and errors as messages instead of eventfds, if the back-end offers that.
     pub in_band: bool,
+    /// The device is behind an IOMMU, if it can be: the addresses of `ram` are IOVAs, the guest-physical ones are
+    /// [`PHYSICAL`] more. Misses are answered, page by page, in [`VhostUserDriver::wait_used`].
+    pub iommu: bool,
 }
+
+/// What is added to an IOVA to make it a guest-physical address.
+pub const PHYSICAL: u64 = 1 << 32;
+
+/// What one translation is for.
+const PAGE: u64 = 0x1000;
 
 impl VhostUserOptions {
     /// What QEMU would want: everything that is offered. Rings of 64 entries, two regions of 8 MiB.
@@ -68,6 +77,7 @@ impl VhostUserOptions {
             queues: None,
             ram: TestRam::spread(2, 8 << 20),
             in_band: false,
+            iommu: false,
         }
     }
 }
@@ -104,6 +114,8 @@ pub struct VhostUserDriver {
     features: Features,
     protocol: ProtocolFeatures,
     backend_requests: Option<BackendListener>,
+    /// Misses that were answered.
+    misses: Vec<IotlbReport>,
     lines: Vec<Line>,
 }
 
@@ -144,6 +156,7 @@ impl VhostUserDriver {
             features: Features::empty(),
             protocol: ProtocolFeatures::empty(),
             backend_requests: None,
+            misses: Vec::new(),
             lines: Vec::new(),
         };
         driver.negotiate()?;
@@ -179,9 +192,11 @@ impl VhostUserDriver {
             let seen = format!("{offered:#x}, then {again:#x}");
             return Err(Violation::new("the offered features do not change (2.2.2)", seen).into());
         }
-        self.offered = Features::from(offered & !F_PROTOCOL_FEATURES);
+        self.offered = Features::from(offered & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
+        let platform = if self.options.iommu { Features::ACCESS_PLATFORM } else { Features::empty() };
         let own = self.offered - Features::NOT_A_DEVICES;
-        let wanted = (own | self.options.layout.features() | self.options.with) - self.options.without;
+        let wanted =
+            (own | self.options.layout.features() | self.options.with | platform) - self.options.without;
         self.features = self.offered & wanted;
         if self.protocol.contains(ProtocolFeatures::BACKEND_REQ) {
             let (listener, other) = BackendListener::pair(self.protocol)?;
@@ -233,12 +248,8 @@ impl VhostUserDriver {
 
     fn share_memory(&mut self) -> Result<(), DriverError> {
         let ram = self.options.ram.clone();
-        let region = |r: &crate::RamRegion| MemoryRegion {
-            guest_addr: r.guest_addr,
-            size: r.size,
-            user_addr: r.user_addr,
-            mmap_offset: r.mmap_offset,
-        };
+        let features = self.features;
+        let region = |r: &crate::RamRegion| region(r, features);
         if self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for r in ram.regions() {
                 self.endpoint.add_mem_reg(region(r), ram.fd())?;
@@ -248,6 +259,37 @@ impl VhostUserDriver {
             self.endpoint.set_mem_table(&table)?;
         }
         Ok(())
+    }
+
+    /// Answers what the back-end misses now, as the IOMMU of this guest would. Other requests of it are dropped.
+    pub fn answer_misses(&mut self) -> Result<usize, DriverError> {
+        let before = self.misses.len();
+        while let Some(listener) = &mut self.backend_requests
+            && let Some(received) = listener.receive()?
+        {
+            let BackendRequest::Iotlb(report) = received.request else { continue };
+            self.misses.push(report);
+            let IotlbReport::Miss { iova, access: _ } = report else { continue };
+            let page = iova - iova % PAGE;
+            if self.options.ram.regions().iter().any(|r| page.wrapping_sub(r.guest_addr) < r.size) {
+                self.translate(page, page, IotlbAccess::READ | IotlbAccess::WRITE)?;
+            }
+        }
+        Ok(self.misses.len() - before)
+    }
+
+    /// What the back-end has missed so far.
+    pub fn misses(&self) -> &[IotlbReport] {
+        &self.misses
+    }
+
+    /// Says that a page of IOVAs is this page of [`Self::ram`].
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn translate(&mut self, iova: u64, page: u64, access: IotlbAccess) -> Result<(), DriverError> {
+        let user_addr = self.options.ram.user_addr(GuestAddress(page));
+        Ok(self.endpoint.iotlb(IotlbChange::Update { iova, size: PAGE, user_addr, access })?)
     }
 
     /// NUM, BASE, ADDR, KICK, CALL of one ring.
@@ -262,12 +304,14 @@ impl VhostUserDriver {
         let ram = &self.options.ram;
         self.endpoint.set_vring_num(number, u32::from(config.size))?;
         self.endpoint.set_vring_base(number, base)?;
+        let translated = self.features.contains(Features::ACCESS_PLATFORM);
+        let place = |addr| if translated { addr } else { ram.user_addr(GuestAddress(addr)) };
         self.endpoint.set_vring_addr(&VringAddr {
             index: number,
             flags: 0,
-            desc: ram.user_addr(config.desc),
-            used: ram.user_addr(config.device),
-            avail: ram.user_addr(config.driver),
+            desc: place(config.desc.0),
+            used: place(config.device.0),
+            avail: place(config.driver.0),
             log: 0,
         })?;
         if in_band {
@@ -344,12 +388,7 @@ impl VhostUserDriver {
     fn forget_memory(&mut self) -> Result<(), DriverError> {
         if self.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for r in self.options.ram.clone().regions() {
-                self.endpoint.rem_mem_reg(MemoryRegion {
-                    guest_addr: r.guest_addr,
-                    size: r.size,
-                    user_addr: r.user_addr,
-                    mmap_offset: r.mmap_offset,
-                })?;
+                self.endpoint.rem_mem_reg(region(r, self.features))?;
             }
         }
         Ok(())
@@ -498,6 +537,10 @@ impl VhostUserDriver {
             if self.in_band() {
                 self.hear();
             }
+            if self.options.iommu && self.answer_misses().is_err() {
+                // The connection ended; the ring tells.
+                self.backend_requests = None;
+            }
             let listener = self.backend_requests.as_ref().filter(|_| self.in_band());
             let line = &mut self.lines[queue];
             // Asking arms the interrupt and looks again: from here on a used buffer comes with one.
@@ -507,7 +550,10 @@ impl VhostUserDriver {
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
             let notified = listener.map_or(line.call.as_fd(), |listener| listener.as_fd());
-            let mut files = [PollFd::from_borrowed_fd(notified, PollFlags::IN)];
+            let mut files = vec![PollFd::from_borrowed_fd(notified, PollFlags::IN)];
+            if let Some(listener) = self.backend_requests.as_ref().filter(|_| self.options.iommu) {
+                files.push(PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN));
+            }
             let ready = match poll(&mut files, Some(&limit)) {
                 Ok(ready) => ready,
                 Err(rustix::io::Errno::INTR) => continue,
@@ -525,6 +571,17 @@ impl VhostUserDriver {
                 };
             }
         }
+    }
+}
+
+/// As the front-end announces it.
+fn region(r: &crate::RamRegion, features: Features) -> MemoryRegion {
+    let physical = if features.contains(Features::ACCESS_PLATFORM) { PHYSICAL } else { 0 };
+    MemoryRegion {
+        guest_addr: r.guest_addr + physical,
+        size: r.size,
+        user_addr: r.user_addr,
+        mmap_offset: r.mmap_offset,
     }
 }
 

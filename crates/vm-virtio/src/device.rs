@@ -111,6 +111,13 @@ pub enum HostEvent {
         /// The rule that was broken.
         error: crate::QueueError,
     },
+    /// A queue waits for a translation of the IOMMU: bring it with the next [`Engine::memory`](crate::Engine::memory).
+    Miss {
+        /// The queue.
+        queue: u16,
+        /// What is missing.
+        miss: crate::queue::Miss,
+    },
 }
 
 /// The host's ear. Called from lane threads: must neither block nor call back into the engine.

@@ -27,7 +27,7 @@ use crate::lane::{
 use crate::ticket::{Completer, Ticket, ticket};
 use crate::{
     ConfigError, ConfigSpace, DeviceType, DirtyLog, Features, GuestAddress, GuestRam, InflightRegion, Queue,
-    QueueConfig, QueueState, Status,
+    QueueConfig, QueueError, QueueState, Status,
 };
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
@@ -418,6 +418,8 @@ impl<D: VirtioDevice> Engine<D> {
             start.inflight.as_ref(),
         ) {
             Ok(ring) => Box::new(ring),
+            // Nobody's mistake: the host asks for the translation and tries again.
+            Err(error @ QueueError::Miss(_)) => return Ticket::ready(Err(error.into())),
             Err(error) => {
                 // Size and addresses are the driver's: as bad as a broken ring (failure policy 1).
                 self.0.shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
@@ -466,7 +468,8 @@ impl<D: VirtioDevice> Engine<D> {
         ticket
     }
 
-    /// Changes guest memory: every queue moves to the new snapshot between two requests.
+    /// Changes guest memory: every queue moves to the new snapshot between two requests. A queue that waits for a
+    /// translation ([`crate::HostEvent::Miss`]) looks for it there.
     pub fn memory(&self, ram: GuestRam, wait: WaitFor) -> Ticket<()> {
         let mut control = lock(&self.0.control);
         control.ram = ram.clone();

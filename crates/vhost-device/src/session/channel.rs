@@ -5,15 +5,15 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use vhost_user::{BackendChannel, BackendCode, BackendRequest, Error, ProtocolFeatures, RequestId};
 use vm_virtio::device::VirtioDevice;
-use vm_virtio::{HostEvent, Ticket};
+use vm_virtio::{HostEvent, QueueError, Ticket};
 
-use super::{Refused, Session};
+use super::{Refused, Session, iommu};
 use crate::ring::Notify;
 use crate::task::Watch;
 
 /// The socket of SET_BACKEND_REQ_FD.
 pub(super) struct Channel {
-    socket: BackendChannel,
+    pub(super) socket: BackendChannel,
     /// Interrupts that are not acknowledged, in the order of their messages, and whose ring they are of.
     calls: VecDeque<(RequestId, usize)>,
     _watch: Watch,
@@ -72,7 +72,16 @@ impl<D: VirtioDevice> Session<'_, D> {
         for event in self.guest.events.take() {
             self.guest.log_event(&event);
             match event {
-                HostEvent::QueueFault { queue, .. } => {
+                HostEvent::Miss { miss, .. } => {
+                    if miss.denied {
+                        self.denied.push(miss.iova);
+                    }
+                    self.report(iommu::miss(miss));
+                }
+                HostEvent::QueueFault { queue, error } => {
+                    if let QueueError::Denied(miss) = error {
+                        self.report(iommu::access_fail(miss));
+                    }
                     // Once per start of a ring.
                     drop(self.signal_error(usize::from(queue)));
                 }
@@ -88,6 +97,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             }
         }
         self.with_channel(Channel::flush);
+        self.send_reports();
         self.take_answers();
         // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.
         if self.is_suspended() {
@@ -148,7 +158,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
     }
 
-    fn channel_ended(&mut self, error: &Error) {
+    pub(super) fn channel_ended(&mut self, error: &Error) {
         let (guest, what) = (self.guest.index, "the channel for requests to the front-end has ended");
         match error {
             Error::Disconnected => tracing::debug!(guest, "{what}"),

@@ -12,7 +12,7 @@ impl<D: VirtioDevice> Session<'_, D> {
     /// elsewhere is stopped first and started at its new place, exactly where it was. One that it does not have at all
     /// waits: front-ends exchange memory slots by removing one and adding another. Requests that were taken before
     /// keep the old memory mapped until they are done.
-    pub(super) async fn change_memory(&mut self, next: MemoryTable) {
+    pub(super) async fn change_memory(&mut self, next: MemoryTable, wait: WaitFor) {
         let packed = self.packed();
         for at in 0..self.rings.len() {
             let ring = &self.rings[at];
@@ -21,7 +21,7 @@ impl<D: VirtioDevice> Session<'_, D> {
                 self.halt(at).await;
             }
         }
-        self.guest.engine.memory(next.ram().clone(), WaitFor::NewRequests).await;
+        self.guest.engine.memory(next.ram().clone(), wait).await;
         self.memory = next;
         for at in 0..self.rings.len() {
             if self.rings[at].kick.is_some() && self.rings[at].running.is_none() {

@@ -13,9 +13,9 @@
 //! the missing steps itself ([`Session::make_ready`]). GET_STATUS does not show them.
 use std::sync::Arc;
 
-use vhost_user::{F_PROTOCOL_FEATURES, ProtocolFeatures};
+use vhost_user::{F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeatures};
 use vm_virtio::device::VirtioDevice;
-use vm_virtio::{FeatureError, Features, QueueState, Status};
+use vm_virtio::{FeatureError, Features, QueueState, Status, WaitFor};
 
 use super::{Refused, Session};
 use crate::ring::{Notify, Position, RingError, first_base};
@@ -24,6 +24,7 @@ use crate::task::TaskWaker;
 /// Everything that is implemented. CONFIG only for devices that have a configuration space.
 pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
     let always = ProtocolFeatures::MQ
+        | ProtocolFeatures::LOG_SHMFD
         | ProtocolFeatures::REPLY_ACK
         | ProtocolFeatures::BACKEND_REQ
         | ProtocolFeatures::RESET_DEVICE
@@ -35,7 +36,7 @@ pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
 
 impl<D: VirtioDevice> Session<'_, D> {
     pub(super) fn offered_features(&self) -> u64 {
-        self.guest.engine.offered().low64() | F_PROTOCOL_FEATURES
+        self.guest.engine.offered().low64() | F_PROTOCOL_FEATURES | F_LOG_ALL
     }
 
     pub(super) fn offered_protocol_features(&self) -> ProtocolFeatures {
@@ -63,7 +64,11 @@ impl<D: VirtioDevice> Session<'_, D> {
         if excess != 0 {
             return Err(FeatureError::NotOffered(excess.into()).into());
         }
-        let features = Features::from(bits & !F_PROTOCOL_FEATURES);
+        let features = Features::from(bits & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
+        let translated = features.contains(Features::ACCESS_PLATFORM);
+        if translated && !self.endpoint.protocol_features().contains(ProtocolFeatures::BACKEND_REQ) {
+            return Err(Refused::NoTranslations);
+        }
         let engine = &self.guest.engine;
         let status = engine.status();
         let negotiated = status.contains(Status::FEATURES_OK) && engine.driver_features() != features;
@@ -79,6 +84,14 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
         engine.set_driver_features(features)?;
         self.acked = Some(features);
+        if translated != self.memory.is_translated() {
+            let next = self.memory.behind_iommu(translated)?;
+            self.change_memory(next, WaitFor::NewRequests).await;
+        }
+        let log = bits & F_LOG_ALL != 0;
+        if log != std::mem::replace(&mut self.log.wanted, log) {
+            self.apply_log().await;
+        }
         self.enable_rules = bits & F_PROTOCOL_FEATURES != 0;
         if !self.enable_rules {
             // "The back-end must enable all rings immediately."
@@ -220,13 +233,13 @@ impl<D: VirtioDevice> Session<'_, D> {
 mod tests {
     use super::*;
 
-    /// MQ 0, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14, CONFIGURE_MEM_SLOTS 15,
+    /// MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14, CONFIGURE_MEM_SLOTS 15,
     /// STATUS 16.
     #[test]
     fn exactly_what_is_implemented_is_offered() {
         let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
-        assert_eq!(protocol_features(false).bits(), bits(&[0, 3, 5, 13, 14, 15, 16]));
-        assert_eq!(protocol_features(true).bits(), bits(&[0, 3, 5, 9, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(false).bits(), bits(&[0, 1, 3, 5, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(true).bits(), bits(&[0, 1, 3, 5, 9, 13, 14, 15, 16]));
         assert_eq!(protocol_features(true).unmet(), None);
     }
 }

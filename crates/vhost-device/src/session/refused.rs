@@ -4,8 +4,11 @@ use std::io;
 use vhost_user::{FrontendCode, ProtocolFeatures};
 use vm_virtio::{ConfigError, FeatureError};
 
+use crate::mapping::MapError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
+
+const BACKEND_REQ: ProtocolFeatures = ProtocolFeatures::BACKEND_REQ;
 
 /// A message that is understood and cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +40,12 @@ pub(crate) enum Refused {
     /// The memory table is not acceptable.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A file that is no log.
+    #[error("no log of dirty pages: {0}")]
+    Log(MapError),
+    /// Nobody could translate.
+    #[error("VIRTIO_F_ACCESS_PLATFORM needs {BACKEND_REQ:?}")]
+    NoTranslations,
     /// Outside of the configuration space.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -65,6 +74,6 @@ impl Refused {
     /// have. Everything else shows by itself: a ring that does not run, and its error file.
     pub(crate) fn desyncs(&self) -> bool {
         use Refused as R;
-        matches!(self, R::Features(_) | R::NotOffered(_) | R::Unmet(..) | R::Memory(_))
+        matches!(self, R::Features(_) | R::NotOffered(_) | R::Unmet(..) | R::Memory(_) | R::NoTranslations)
     }
 }

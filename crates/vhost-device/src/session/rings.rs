@@ -46,6 +46,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let index = addr.index;
         let at = self.ring(index)?;
         self.rings[at].addr = Some(addr);
+        self.apply_ring_log(at).await;
         if self.rings[at].kick.is_none() {
             return Ok(());
         }
@@ -88,6 +89,7 @@ impl<D: VirtioDevice> Session<'_, D> {
     pub(super) async fn set_kick(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), Refused> {
         let at = self.ring(index)?;
         self.halt(at).await;
+        self.rings[at].asked = None;
         self.rings[at].kick = Some(fd.map_or(KickFile::Poll, KickFile::Fd));
         self.notice_new_driver(at).await;
         self.start_if_possible(at).await
@@ -145,6 +147,16 @@ impl<D: VirtioDevice> Session<'_, D> {
     pub(super) async fn start_if_possible(&mut self, at: usize) -> Result<(), Refused> {
         let Err(source) = self.start(at).await else { return Ok(()) };
         let index = at as u32;
+        if let Some(miss) = source.miss() {
+            if miss.denied {
+                // Not by `change_memory`, which starts rings.
+                self.memory = self.memory.invalidated(miss.iova, 1)?;
+            }
+            if self.ring_misses(at, miss) {
+                tracing::debug!(guest = self.guest.index, ring = index, "started, but {source}");
+                return Ok(());
+            }
+        }
         if matches!(source, RingError::Incomplete) {
             tracing::debug!(guest = self.guest.index, ring = index, "started, but {source}");
             return Ok(());
@@ -162,6 +174,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let state = self.rings[at].state(&config, self.memory.ram(), packed)?;
         self.make_ready().await?;
         let in_band = self.in_band();
+        self.apply_ring_log(at).await;
         let ring = &mut self.rings[at];
         let call = ring.call(in_band.as_ref());
         let Some(kick) = &ring.kick else { return Err(RingError::Incomplete) };
@@ -173,6 +186,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         match engine.start(queue, start).await {
             Ok(()) => {
                 self.rings[at].running = Some(config);
+                self.rings[at].asked = None;
                 Ok(())
             }
             Err(error @ (StartError::Queue(_) | StartError::Kick(_) | StartError::TooLarge { .. })) => {

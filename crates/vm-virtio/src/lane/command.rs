@@ -17,6 +17,18 @@ pub enum WaitFor {
     NewRequests,
     /// Until no chain of the old memory is out; new requests wait for that.
     OldChainsGone,
+    /// As [`WaitFor::NewRequests`], and then until no chain is out that has memory in this range of (old) addresses, for
+    /// nobody may access it any more; at most until the deadline, once for each chain. What is out for longer - a buffer
+    /// that the device keeps for an event, of which the driver has certainly not taken the memory back - keeps its
+    /// memory until it ends, and is counted.
+    Released {
+        /// First address.
+        first: u64,
+        /// Last address.
+        last: u64,
+        /// When to wait no longer.
+        deadline: Instant,
+    },
 }
 
 /// An order to a lane. Orders are carried out in the order in which they were given.

@@ -12,6 +12,7 @@
 //! * The worker is called through `LaneRunner::enter` only: its errors and panics end there and fail this lane
 //!   (failure policy 5), not the thread.
 mod command;
+mod iommu;
 mod pool;
 mod ring;
 mod snapshot;
@@ -52,6 +53,7 @@ const MAIL: Token = Token::host(0x1_0001);
 const DEADLINE: Token = Token::host(0x1_0002);
 const PAUSE_DEADLINE: Token = Token::host(0x1_0003);
 const POLL: Token = Token::host(0x1_0004);
+const RELEASE: Token = Token::host(0x1_0005);
 
 /// What went wrong so far; never reset. Failure policy 8: every failure is counted.
 #[derive(Debug, Default)]
@@ -62,6 +64,8 @@ pub struct FailureCounters {
     pub worker_failures: AtomicU64,
     /// Stops that ended with chains still out.
     pub stuck: AtomicU64,
+    /// Invalidations of an IOMMU's translations that did not wait for all chains.
+    pub unreleased: AtomicU64,
 }
 
 /// What the lanes of a device and its engine share: nothing that a request touches.
@@ -256,8 +260,10 @@ impl<W: Worker> LaneRunner<W> {
         if !self.at_rest() {
             self.publish();
         }
+        self.find_misses();
         self.find_faults();
         self.progress_moves();
+        self.progress_releases();
         self.progress_stops();
         self.progress_pause();
         if self.spinner.is_none() {
@@ -744,8 +750,10 @@ impl<W: Worker> LaneRunner<W> {
         match queue.set_ram(ram) {
             // The new memory may show what the old one hid; a latched fault stays.
             Ok(()) => self.regate(at),
+            Err(error) if iommu::waits(queue, &error) => self.rings[at].armed = false,
             Err(error) => self.fault(at, error),
         }
+        self.release(at, wait, done);
     }
 
     fn progress_moves(&mut self) {

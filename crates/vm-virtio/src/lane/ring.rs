@@ -3,6 +3,7 @@ use crate::device::Stop;
 use crate::engine::QueueResetError;
 use crate::lane::command::WaitFor;
 use crate::lane::tally::{QueueTotals, Tally};
+use crate::queue::Miss;
 use crate::ticket::Completer;
 use crate::{GuestAddress, GuestRam, QueueError, QueueState};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -124,6 +125,14 @@ pub(super) enum Asked {
     Reset,
 }
 
+/// Somebody waits for a range to be let go.
+pub(super) struct Release {
+    pub(super) first: u64,
+    pub(super) last: u64,
+    pub(super) deadline: Instant,
+    pub(super) _done: Arc<Completer<()>>,
+}
+
 pub(super) struct Ring {
     pub(super) index: u16,
     pub(super) kick: Kick,
@@ -142,6 +151,10 @@ pub(super) struct Ring {
     pub(super) stopping: Option<Stopping>,
     /// A memory change that waits for the old chains.
     pub(super) moving: Option<(GuestRam, Arc<Completer<()>>)>,
+    /// Those that wait for chains to be gone from a range.
+    pub(super) releasing: Vec<Release>,
+    /// The translation that was asked for last.
+    pub(super) asked: Option<Miss>,
     pub(super) tally: Tally,
 }
 
@@ -159,6 +172,8 @@ impl Ring {
             unheard: false,
             stopping: None,
             moving: None,
+            releasing: Vec::new(),
+            asked: None,
             tally: Tally::new(totals),
         }
     }
@@ -178,6 +193,8 @@ impl Ring {
             unheard,
             stopping,
             moving,
+            releasing,
+            asked,
             tally: _,
         } = self;
         *kick = Kick::Manual;
@@ -187,6 +204,8 @@ impl Ring {
         *unheard = false;
         *stopping = None;
         *moving = None;
+        releasing.clear();
+        *asked = None;
     }
 
     /// What the driver or front-end set beside the ring goes in a reset.
@@ -205,6 +224,6 @@ impl Ring {
 impl WaitFor {
     /// Whether a change may take place with this many chains out.
     pub(super) fn satisfied(self, outstanding: usize) -> bool {
-        self == WaitFor::NewRequests || outstanding == 0
+        self != WaitFor::OldChainsGone || outstanding == 0
     }
 }

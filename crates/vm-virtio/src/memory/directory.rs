@@ -48,6 +48,20 @@ impl Region {
         self.limit[0].max(self.limit[1])
     }
 
+    /// Takes the next region in, if the two are one in the guest and in the host, with the same rights.
+    fn absorb(&mut self, next: &Region) -> bool {
+        let len = self.len();
+        let rights = |region: &Region| region.limit.map(|limit| limit > 0);
+        let one = self.start.checked_add(len) == Some(next.start)
+            && self.host.wrapping_add(len as usize) == next.host
+            && rights(self) == rights(next);
+        if one {
+            let len = len + next.len();
+            self.limit = rights(self).map(|allowed| if allowed { len } else { 0 });
+        }
+        one
+    }
+
     /// Last address. Regions that pass the end of the address space do not get here.
     fn last(&self) -> u64 {
         self.start.saturating_add(self.len().saturating_sub(1))
@@ -64,13 +78,21 @@ impl fmt::Debug for Region {
 pub(crate) struct Directory {
     shift: u32,
     mask: usize,
+    /// Addresses are an IOMMU's: what is missing may come.
+    iommu: bool,
     buckets: Box<[Region]>,
     regions: Box<[Region]>,
 }
 
 impl Directory {
     pub(super) fn empty() -> Directory {
-        Directory { shift: 0, mask: 0, buckets: Box::new([Region::NONE]), regions: Box::default() }
+        Directory {
+            shift: 0,
+            mask: 0,
+            iommu: false,
+            buckets: Box::new([Region::NONE]),
+            regions: Box::default(),
+        }
     }
 
     pub(super) fn new(mut regions: Vec<Region>) -> Result<Directory, RamError> {
@@ -109,7 +131,14 @@ impl Directory {
                 *bucket = most_of(&regions, number << shift, (1 << shift) - 1);
             }
         }
-        Ok(Directory { shift, mask, buckets: buckets.into(), regions: regions.into() })
+        Ok(Directory { shift, mask, iommu: false, buckets: buckets.into(), regions: regions.into() })
+    }
+
+    /// The same by addresses of an IOMMU. Neighbours that are so in the host become one.
+    pub(super) fn translated(mut regions: Vec<Region>) -> Result<Directory, RamError> {
+        regions.sort_by_key(|region| region.start);
+        regions.dedup_by(|next, region| region.absorb(next));
+        Ok(Directory { iommu: true, ..Directory::new(regions)? })
     }
 
     pub(super) fn regions(&self) -> &[Region] {
@@ -143,7 +172,11 @@ impl Directory {
         access: Access,
         mut piece: impl FnMut(*mut u8, usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        let fault = MemFault::Unmapped { addr, len };
+        // `at` is the first address that is missing.
+        let fault = |at, denied| match self.iommu {
+            true => MemFault::Miss { iova: at, access, denied },
+            false => MemFault::Unmapped { addr, len },
+        };
         let first = self.regions.partition_point(|region| region.last() < addr);
         let regions = self.regions.get(first..).unwrap_or(&[]);
         for check in [true, false] {
@@ -152,10 +185,11 @@ impl Directory {
                 if left == 0 {
                     break;
                 }
-                let offset = at.checked_sub(region.start).ok_or(fault)?;
-                let part = region.limit[access as usize].checked_sub(offset).ok_or(fault)?.min(left);
+                let offset = at.checked_sub(region.start).ok_or_else(|| fault(at, false))?;
+                let limit = region.limit[access as usize].checked_sub(offset);
+                let part = limit.ok_or_else(|| fault(at, true))?.min(left);
                 if part == 0 {
-                    return Err(fault.into());
+                    return Err(fault(at, true).into());
                 }
                 if !check {
                     // Offset and part are below the size of a mapping.
@@ -166,7 +200,7 @@ impl Directory {
                 at = at.wrapping_add(part);
             }
             if left > 0 {
-                return Err(fault.into());
+                return Err(fault(at, false).into());
             }
         }
         Ok(())

@@ -7,6 +7,7 @@
 //! | file | what for |
 //! |---|---|
 //! | `directory.rs` | from a guest address to a host pointer in one table look-up |
+//! | `iotlb.rs` | guest memory behind an IOMMU |
 //! | `segment.rs` | a contiguous piece of guest memory, and lists of them |
 //! | `buf.rs` | memory that a payload names: owns its snapshot |
 //! | `copy.rs` | the volatile copies |
@@ -17,6 +18,7 @@ mod buf;
 mod copy;
 mod directory;
 mod dirty_log;
+pub mod iotlb;
 mod poison;
 mod segment;
 mod shared;
@@ -58,6 +60,16 @@ pub enum MemFault {
         /// Length of the range in bytes.
         len: u64,
     },
+    /// The IOMMU's translations, as far as they are known, do not have it: ask for them ([`iotlb`]).
+    #[error("no translation of {iova:#x} for {access:?}")]
+    Miss {
+        /// First address that is missing.
+        iova: u64,
+        /// What it is needed for.
+        access: Access,
+        /// There is a translation, but it does not allow that.
+        denied: bool,
+    },
     /// A file behind the memory was truncated: what is in this snapshot is void (failure policy 6).
     #[error("guest memory was lost: a file behind it was truncated")]
     Poisoned,
@@ -85,6 +97,8 @@ pub enum RamError {
 
 struct Ram {
     directory: Directory,
+    /// The memory that this is a view of, through an IOMMU.
+    physical: Option<GuestRam>,
     /// One for each mapping that can lose memory.
     poisons: Vec<Arc<Poison>>,
     watch: poison::Watch,
@@ -118,7 +132,25 @@ impl GuestRam {
         poisons: Vec<Arc<Poison>>,
         keep: Vec<Box<dyn Any + Send + Sync>>,
     ) -> GuestRam {
-        GuestRam(Arc::new(Ram { directory, poisons, watch: poison::Watch::default(), _keep: keep }))
+        let watch = poison::Watch::default();
+        GuestRam(Arc::new(Ram { directory, physical: None, poisons, watch, _keep: keep }))
+    }
+
+    /// Memory under other addresses.
+    fn view(physical: GuestRam, directory: Directory) -> GuestRam {
+        let (poisons, watch) = (Vec::new(), poison::Watch::default());
+        let physical = Some(physical);
+        GuestRam(Arc::new(Ram { directory, physical, poisons, watch, _keep: Vec::new() }))
+    }
+
+    /// The memory under its guest-physical addresses: itself, unless it is [a view](Self::translated).
+    pub(crate) fn physical(&self) -> &GuestRam {
+        self.0.physical.as_ref().unwrap_or(self)
+    }
+
+    /// Whether both show the same memory, under whatever addresses.
+    pub fn same_memory_as(&self, other: &GuestRam) -> bool {
+        self.physical().same_as(other.physical())
     }
 
     /// A snapshot of these regions, in any order; regions without bytes are left out.
@@ -142,7 +174,8 @@ impl GuestRam {
     /// after an access, not before. One load as long as nothing is lost in this process.
     #[inline]
     pub fn is_poisoned(&self) -> bool {
-        self.0.watch.any(self.0.poisons.iter().map(|poison| &**poison))
+        let ram = self.physical();
+        ram.0.watch.any(ram.0.poisons.iter().map(|poison| &**poison))
     }
 
     fn intact(&self) -> Result<(), MemFault> {

@@ -1,7 +1,7 @@
 //! Where a queue is and how large: may change until it becomes a [`Queue`](super::Queue), and is frozen from then on.
 use super::error::{QueueArea, QueueError};
 use super::ring_mem::Area;
-use crate::memory::{Access, GuestAddress, GuestRam};
+use crate::memory::{Access, GuestAddress, GuestRam, MemFault};
 
 /// Largest number of entries, split and packed (2.7, 2.8).
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -44,11 +44,12 @@ impl QueueConfig {
             }
             let access = if matches!(area, QueueArea::Driver) { Access::Read } else { Access::Write };
             let access = if matches!(area, QueueArea::Descriptor) && !packed { Access::Read } else { access };
-            let host = ram.directory().contiguous(addr.0, len, access).ok_or(QueueError::AreaUnmapped {
-                area,
-                addr: addr.0,
-                len,
-            })?;
+            let Some(host) = ram.directory().contiguous(addr.0, len, access) else {
+                return match ram.directory().pieces(addr.0, len, access, |_, _| Ok::<(), MemFault>(())) {
+                    Err(miss @ MemFault::Miss { .. }) => Err(miss.into()),
+                    _ => Err(QueueError::AreaUnmapped { area, addr: addr.0, len }),
+                };
+            };
             if !(host as u64).is_multiple_of(align) {
                 return Err(QueueError::Misaligned { area, addr: addr.0 });
             }

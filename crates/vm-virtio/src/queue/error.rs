@@ -3,6 +3,7 @@ use std::fmt;
 
 use super::MAX_CHAIN_BYTES;
 use super::inflight::InflightError;
+use crate::memory::Access;
 
 /// One of the three areas of a virtqueue (2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,17 @@ impl fmt::Display for QueueArea {
             QueueArea::Device => "device area",
         })
     }
+}
+
+/// An access through an IOMMU for which the translation, or the right, is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// The first address.
+    pub iova: u64,
+    /// Whether it is to be written.
+    pub write: bool,
+    /// There is a translation, but it does not allow that.
+    pub denied: bool,
 }
 
 /// Why a queue was not made, or takes no more buffers.
@@ -115,6 +127,14 @@ pub enum QueueError {
     /// A file behind guest memory, or behind its log, was truncated: what they hold is void (failure policy 6).
     #[error("guest memory or its log was lost: a file behind it was truncated")]
     Poisoned,
+    /// The IOMMU does not allow the access.
+    #[error("the IOMMU does not allow to {} at {:#x}", if .0.write { "write" } else { "read" }, .0.iova)]
+    Denied(Miss),
+
+    // No violation: the queue goes on when the host has brought it (`Engine::memory`).
+    /// A translation of the IOMMU is missing.
+    #[error("the IOMMU's translation of {:#x} is missing", .0.iova)]
+    Miss(Miss),
 }
 
 impl From<crate::MemFault> for QueueError {
@@ -122,6 +142,9 @@ impl From<crate::MemFault> for QueueError {
         match fault {
             crate::MemFault::Unmapped { addr, len } => QueueError::Unmapped { addr, len },
             crate::MemFault::Poisoned => QueueError::Poisoned,
+            crate::MemFault::Miss { iova, access, denied } => {
+                QueueError::Miss(Miss { iova, write: access == Access::Write, denied })
+            }
         }
     }
 }

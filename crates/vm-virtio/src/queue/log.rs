@@ -2,6 +2,7 @@
 //!
 //! * A chain, when it ends: all of its device-writable part, by the guest-physical addresses of its own snapshot,
 //!   whoever wrote there and however much - the device may have written more than it says. Also a chain that is given up.
+//! * Addresses are guest-physical, also of a queue behind an IOMMU.
 //! * The rings, if the front-end wants that of this one: the Device Area (used ring, or device event suppression), as a
 //!   whole whenever something in it changed, at the address that the front-end gave for it, and of a packed ring also
 //!   the used descriptors, at the guest-physical address of the Descriptor Area.
@@ -16,7 +17,9 @@ use crate::memory::{Access, DirtyLog, GuestAddress};
 /// A queue's log.
 pub(super) struct QueueLog {
     log: Arc<DirtyLog>,
-    /// Where its Device Area is, if that is logged.
+    /// What the front-end said of its Device Area, if that is logged.
+    said: Option<u64>,
+    /// Where that is.
     device: Option<u64>,
     /// The Descriptor Area of a packed ring, if that is.
     desc: Option<(u64, u64)>,
@@ -27,7 +30,7 @@ pub(super) struct QueueLog {
 impl QueueLog {
     /// Marks a range of the host: part of a chain.
     fn chain(&mut self, queue: &super::Arena, slot: &Slot) {
-        let directory = queue.ram_of(slot).directory();
+        let directory = queue.ram_of(slot).physical().directory();
         for segment in slot.segments().1 {
             // A segment is from one region.
             if let Some(addr) = directory.guest_address(segment.as_ptr()) {
@@ -40,13 +43,18 @@ impl QueueLog {
 
 impl Queue {
     /// For the lane runtime: from here on, pages that are written are marked in this log. `device` is the
-    /// guest-physical address of the Device Area, if the rings are to be logged.
+    /// address of the Device Area for that, if the rings are to be logged: guest-physical, or an IOVA behind an IOMMU.
     pub fn set_log(&mut self, log: Option<Arc<DirtyLog>>, device: Option<GuestAddress>) {
         self.log = log.map(|log| {
-            let mut log = QueueLog { log, device: device.map(|addr| addr.0), desc: None, marked: false };
-            log.desc = device.and_then(|_| self.packed_ring());
-            Box::new(log)
+            Box::new(QueueLog {
+                log,
+                said: device.map(|addr| addr.0),
+                device: None,
+                desc: None,
+                marked: false,
+            })
         });
+        self.renew_log();
         self.choose_way();
         // What was written there before may have been copied already.
         self.log_rings();
@@ -55,16 +63,26 @@ impl Queue {
     /// Guest-physical address and length of a packed ring's descriptors.
     fn packed_ring(&self) -> Option<(u64, u64)> {
         let Ring::Packed(_) = &self.ring else { return None };
-        let (directory, len) = (self.arena.ram().directory(), 16 * u64::from(self.size));
-        let host = directory.contiguous(self.config.desc.0, len, Access::Write)?;
-        Some((directory.guest_address(host)?, len))
+        let len = 16 * u64::from(self.size);
+        Some((self.physical(self.config.desc.0, len)?, len))
     }
 
-    /// After a change of memory.
+    /// The guest-physical address of a part of the rings.
+    fn physical(&self, addr: u64, len: u64) -> Option<u64> {
+        let ram = self.arena.ram();
+        let host = ram.directory().contiguous(addr, len, Access::Write)?;
+        ram.physical().directory().guest_address(host)
+    }
+
+    /// The log or the memory has changed.
     pub(super) fn renew_log(&mut self) {
+        let Some(said) = self.log.as_ref().and_then(|log| log.said) else { return };
+        // 2.7, 2.8.10.1: the flags come first. Behind an IOMMU the ring is in one piece of the host.
+        let behind = !self.arena.ram().same_as(self.arena.ram().physical());
+        let device = if behind { self.physical(said, 4) } else { Some(said) };
         let desc = self.packed_ring();
         if let Some(log) = &mut self.log {
-            log.desc = log.device.and(desc);
+            (log.device, log.desc) = (device, desc);
         }
     }
 

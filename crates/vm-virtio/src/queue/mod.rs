@@ -19,6 +19,7 @@
 //! | `in_order.rs` | completions that are held back |
 //! | `inflight/` | which chains are out, for the successor of a process that is killed |
 //! | `stores.rs` | what is stored there and in rings, so that tests can let the process die in between |
+//! | `iommu.rs` | translations that are missing |
 //! | `log.rs` | what is marked in the log of dirty pages |
 //! | `rw.rs` | reading and writing a chain's bytes |
 //! | `config.rs`, `state.rs`, `restore.rs`, `error.rs` | what a queue is made of, and why not |
@@ -32,6 +33,7 @@ mod gather;
 mod in_order;
 mod indirect;
 mod inflight;
+mod iommu;
 mod log;
 mod packed;
 mod restore;
@@ -53,6 +55,7 @@ use inflight::Tracker;
 use inflight::again::Again;
 use inflight::packed::PackedInflight;
 use inflight::split::SplitInflight;
+use iommu::Missing;
 use log::QueueLog;
 use packed::Packed;
 use split::Split;
@@ -61,7 +64,7 @@ use std::cell::Cell;
 pub use chain::{Chain, ChainId};
 pub use config::{MAX_QUEUE_SIZE, QueueConfig};
 pub use counters::QueueCounters;
-pub use error::{QueueArea, QueueError};
+pub use error::{Miss, QueueArea, QueueError};
 pub use inflight::{InflightError, InflightRegion};
 pub use rw::{Reader, ShortChain, Writer};
 pub use state::{HeldChain, QueueState, RingPos};
@@ -104,7 +107,8 @@ pub struct Queue {
     again: Option<Box<Again>>,
     /// It goes on where another process ended.
     follows: bool,
-    /// Completions take the long way: for their order, the log, or in-flight tracking.
+    missing: Missing,
+    /// Completions take the long way: for their order, the log, in-flight tracking, or because the ring is missing.
     slowly: bool,
     size: u16,
     closed: bool,
@@ -188,6 +192,7 @@ impl Queue {
             slowly: false,
             in_order,
             log: None,
+            missing: Missing::default(),
             size: config.size,
             closed: false,
             given_up: false,
@@ -207,7 +212,7 @@ impl Queue {
     }
 
     /// Takes the next buffer that the driver made available. `None` if there is none, the queue is closed, faulted
-    /// (now or before), or out of budget.
+    /// (now or before), out of budget, or waits for [a translation](Self::miss).
     #[inline]
     pub fn pop(&mut self) -> Option<Chain> {
         if self.arena.popped() >= self.limit {
@@ -241,7 +246,7 @@ impl Queue {
             }
         } else {
             match self.arena.violation() {
-                Some(error) => self.latch(error),
+                Some(error) => self.stumble(error),
                 None => self.drained.set(self.arena.popped()),
             }
         }
@@ -407,6 +412,9 @@ impl Queue {
 
     #[inline(never)]
     fn publish_slowly(&mut self) -> bool {
+        if !self.has_ring() {
+            return false;
+        }
         if let Some(run) = self.in_order.as_mut().and_then(|in_order| in_order.flush()) {
             self.put_run(run);
         }
@@ -442,14 +450,14 @@ impl Queue {
             Ring::Split(ring) => ring.inflight.is_some(),
             Ring::Packed(ring) => ring.inflight.is_some(),
         };
-        self.slowly = self.in_order.is_some() || self.log.is_some() || tracked;
+        self.slowly = self.in_order.is_some() || self.log.is_some() || tracked || !self.has_ring();
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
     /// Returns whether there is something to pop: then a kick may not come. Asks for none, and has nothing, while
     /// closed or faulted.
     pub fn arm(&mut self) -> bool {
-        if self.closed || self.fault.is_some() {
+        if self.stalled() {
             self.disarm();
             return false;
         }
@@ -466,6 +474,9 @@ impl Queue {
     /// For the lane runtime, while it looks by itself: asks the driver for no kicks. It may send some all the same.
     #[inline]
     pub fn disarm(&mut self) {
+        if !self.has_ring() {
+            return;
+        }
         match &mut self.ring {
             Ring::Split(ring) => ring.disarm(),
             Ring::Packed(ring) => ring.disarm(),
@@ -479,7 +490,7 @@ impl Queue {
     /// not matter. Cheap: for spinning.
     #[inline]
     pub fn has_available(&self) -> bool {
-        if self.closed || self.fault.is_some() {
+        if self.stalled() {
             return false;
         }
         let available = match &self.ring {
@@ -497,7 +508,7 @@ impl Queue {
         self.budget = chains;
         self.drained.set(NEVER);
         self.allowed = match chains {
-            _ if self.closed || self.fault.is_some() => 0,
+            _ if self.stalled() => 0,
             u32::MAX => u64::MAX,
             _ => self.arena.popped() + u64::from(chains),
         };
@@ -510,7 +521,12 @@ impl Queue {
 
     /// Whether the budget is what keeps [`Self::pop`] from popping.
     pub fn budget_spent(&self) -> bool {
-        !self.closed && self.fault.is_none() && self.arena.popped() >= self.allowed
+        !self.stalled() && self.arena.popped() >= self.allowed
+    }
+
+    /// Whether nothing is popped, whatever the driver and the budget say.
+    fn stalled(&self) -> bool {
+        self.closed || self.fault.is_some() || self.missing.miss.is_some()
     }
 
     /// Pops nothing any more; takes completions.
@@ -548,24 +564,15 @@ impl Queue {
 
     /// Moves to another snapshot of guest memory; chains that are out stay with theirs. Publish first:
     /// used entries lie in the memory of the time when they were added. If the rings are not in it,
-    /// the queue keeps the one it has and is faulted.
+    /// the queue keeps the one it has and is faulted, or waits if they are [missing](Self::miss).
     pub fn set_ram(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
-        if self.arena.ram().same_as(ram) {
+        if self.arena.ram().same_as(ram) && self.missing.miss.is_none() {
             return Ok(());
         }
-        let areas = match self.config.resolve(ram, self.is_packed()) {
-            Ok(areas) => areas,
-            Err(error) => {
-                self.latch(error);
-                return Err(error);
-            }
-        };
-        match &mut self.ring {
-            Ring::Split(ring) => ring.set_areas(&areas),
-            Ring::Packed(ring) => ring.set_areas(&areas),
-        }
+        self.move_rings(ram)?;
         self.arena.set_ram(ram.clone());
         self.renew_log();
+        self.end_miss();
         Ok(())
     }
 
@@ -631,6 +638,14 @@ impl Queue {
         counters
     }
 
+    /// Nothing was popped, for this reason.
+    fn stumble(&mut self, error: QueueError) {
+        match error {
+            QueueError::Miss(miss) => self.misses(miss),
+            error => self.latch(error),
+        }
+    }
+
     /// Latches the first violation.
     #[cold]
     #[inline(never)]
@@ -650,6 +665,9 @@ impl Queue {
     #[inline(never)]
     fn complete_slowly(&mut self, slot: u32, written: u32) {
         self.log_chain(slot);
+        if self.withhold(slot, written) {
+            return;
+        }
         if self.in_order.is_none() {
             let Some(at) = self.arena.at(slot) else { return };
             let run = Run { id: at.id(), written, chains: 1, descs: at.descs() };
@@ -661,8 +679,13 @@ impl Queue {
         if let Some(at) = self.arena.at(slot) {
             at.hold(Mark::Done, written);
         }
-        // From the oldest chain on, all that are done.
-        while let Some(in_order) = &mut self.in_order
+        self.put_ordered();
+    }
+
+    /// IN_ORDER: from the oldest chain on, all that are done.
+    fn put_ordered(&mut self) {
+        while self.has_ring()
+            && let Some(in_order) = &mut self.in_order
             && let Some(&first) = in_order.order.front()
             && let Some(at) = self.arena.at(first)
             && at.mark() == Mark::Done

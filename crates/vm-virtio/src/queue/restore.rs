@@ -33,6 +33,7 @@ impl Queue {
     /// Ends the queue: publishes, and returns what a successor needs. Handles that are still out stay valid, with
     /// their memory; nobody sees their completion.
     pub fn into_state(mut self) -> QueueState {
+        self.end_withholding();
         self.publish();
         self.state()
     }

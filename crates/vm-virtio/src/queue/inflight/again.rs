@@ -56,7 +56,7 @@ impl Queue {
         let chain = self.gather_again(pending);
         let Some(slot) = chain.as_ref().and_then(|chain| self.arena.slot(chain)) else {
             if let Some(error) = self.arena.violation() {
-                self.latch(error);
+                self.stumble(error);
             }
             return None;
         };

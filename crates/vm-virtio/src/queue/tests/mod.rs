@@ -4,6 +4,7 @@ mod chains;
 mod driver;
 mod hostile;
 mod inflight;
+mod iommu;
 mod log;
 mod malformed;
 mod model;

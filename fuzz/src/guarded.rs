@@ -2,10 +2,13 @@
 #![allow(unsafe_code)]
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-use vm_virtio::{GuestRam, Segment};
+use vm_virtio::memory::SharedMemory;
+use vm_virtio::{DirtyLog, GuestRam, Segment};
 
 const PAGE: usize = 4096;
 const LINE: usize = 64;
@@ -134,8 +137,8 @@ impl Guarded {
         }
     }
 
-    /// Nothing else has changed.
-    pub(crate) fn check_untouched(&self) {
+    /// Nothing else has changed; and what has, has its page in the log.
+    pub(crate) fn check_untouched(&self, log: Option<&Shared>) {
         let (shadow, open) = (self.shadow.borrow(), self.open.borrow());
         for ((region, shadow), open) in self.inner.regions.iter().zip(shadow.iter()).zip(open.iter()) {
             let mut now = vec![0; region.len];
@@ -147,13 +150,52 @@ impl Guarded {
                     continue;
                 }
                 for (offset, (now, shadow)) in (at * LINE..).zip(now.iter().zip(shadow)) {
+                    if now == shadow {
+                        continue;
+                    }
                     let addr = region.guest + offset as u64;
                     assert!(
-                        now == shadow || open[offset],
+                        open[offset],
                         "the byte at {addr:#x} became {now:#x}, and nobody was allowed to write there"
                     );
+                    let page = addr as usize / PAGE;
+                    let marked = log.is_none_or(|log| log.read(page / 8) & 1 << (page % 8) != 0);
+                    assert!(marked, "the byte at {addr:#x} became {now:#x}, and its page is not in the log");
                 }
             }
+        }
+    }
+}
+
+/// What a front-end shares beside guest memory.
+pub(crate) struct Shared(Arc<SharedMemory>);
+
+impl Shared {
+    pub(crate) fn new(len: usize) -> Shared {
+        Shared(Arc::new(SharedMemory::private(len)))
+    }
+
+    pub(crate) fn memory(&self) -> Arc<SharedMemory> {
+        Arc::clone(&self.0)
+    }
+
+    pub(crate) fn log(&self) -> Arc<DirtyLog> {
+        Arc::new(DirtyLog::new(self.memory(), None))
+    }
+
+    fn byte(&self, at: usize) -> &AtomicU8 {
+        assert!(at < self.0.len());
+        // SAFETY: within the memory, which lives as long as this; bytes are accessed atomically by everybody.
+        unsafe { AtomicU8::from_ptr(self.0.as_ptr().add(at)) }
+    }
+
+    pub(crate) fn read(&self, at: usize) -> u8 {
+        self.byte(at).load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn write(&self, at: usize, data: &[u8]) {
+        for (at, byte) in (at..self.0.len()).zip(data) {
+            self.byte(at).store(*byte, Ordering::Relaxed);
         }
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! Checked: the queue touches nothing but its areas and the writable segments of chains that it handed out; every
 //! segment is memory; a fault stays, and stops popping but not completing; chains out, popped and ended agree with a count
-//! of our own; what is published is what was completed; a queue that asks to be looked at again has something.
+//! of our own; what is published is what was completed; a queue that asks to be looked at again has something; pages that
+//! the device wrote are in the log. The region of what is in flight belongs to somebody hostile, too.
 use vm_virtio::queue::{ChainId, HeldChain, QueueCounters};
-use vm_virtio::{Chain, Features, GuestAddress, Queue, QueueConfig, QueueState, RingPos};
+use vm_virtio::{Chain, Features, GuestAddress, InflightRegion, Queue, QueueConfig, QueueState, RingPos};
 
 use crate::bytes::Bytes;
-use crate::guarded::Guarded;
+use crate::guarded::{Guarded, Shared};
 
 /// Where the rings are; each has room for the largest size below.
 const DESC: u64 = 0x1000;
@@ -38,6 +39,11 @@ struct World<'a> {
     config: QueueConfig,
     queue: Queue,
     held: Vec<Chain>,
+    /// Where the queue keeps what is in flight.
+    inflight: Option<(Shared, InflightRegion)>,
+    log: Option<Shared>,
+    /// Chains were written and then not completed: what the log says of them is not certain.
+    unlogged: bool,
     /// What the queue should have counted, since it was made.
     popped: u64,
     completed: u64,
@@ -74,7 +80,15 @@ fn run(data: &[u8], packed: bool) {
     if packed {
         memory.open(DESC, 16 * n);
     }
-    let queue = Queue::new(config, &memory.ram(), features, None).expect("a sound configuration");
+    let inflight = (choice & 8 != 0).then(|| {
+        let len = InflightRegion::bytes_for(size);
+        let shared = Shared::new(len);
+        let region = InflightRegion::new(shared.memory(), 0, len).expect("a region");
+        (shared, region)
+    });
+    let log = (choice & 16 != 0).then(|| Shared::new(8));
+    let region = inflight.as_ref().map(|(_, region)| region);
+    let queue = Queue::tracked(config, &memory.ram(), features, None, region).expect("a sound configuration");
     let mut world = World {
         bytes,
         memory,
@@ -83,6 +97,9 @@ fn run(data: &[u8], packed: bool) {
         config,
         queue,
         held: Vec::new(),
+        inflight,
+        log,
+        unlogged: false,
         popped: 0,
         completed: 0,
         discarded: 0,
@@ -91,6 +108,7 @@ fn run(data: &[u8], packed: bool) {
         next: 0,
         wrap: true,
     };
+    world.log();
     while !world.bytes.is_empty() {
         world.step();
         world.check();
@@ -123,8 +141,22 @@ impl World<'_> {
         }
     }
 
-    /// The driver writes anything, anywhere.
+    fn log(&mut self) {
+        if let Some(log) = &self.log {
+            self.queue.set_log(Some(log.log()), Some(GuestAddress(DEVICE)));
+        }
+    }
+
+    /// The driver, or whoever shares the region of what is in flight, writes anything, anywhere.
     fn scribble(&mut self) {
+        if let Some((shared, _)) = &self.inflight
+            && self.bytes.u8() < 64
+        {
+            let at = usize::from(self.bytes.u16() % 0x800);
+            let len = 1 + self.bytes.below(8);
+            shared.write(at, self.bytes.take(len));
+            return;
+        }
         let base = self.bytes.of([DESC, DRIVER, DEVICE, TABLES, 0]);
         let offset = u64::from(self.bytes.u16() % 0x1100);
         let len = 1 + self.bytes.below(16);
@@ -313,7 +345,10 @@ impl World<'_> {
             _ => {
                 let Some(chain) = self.held.pop() else { return };
                 match self.queue.unpop(chain) {
-                    Ok(()) => self.popped -= 1,
+                    Ok(()) => {
+                        self.popped -= 1;
+                        self.unlogged = true;
+                    }
                     Err(chain) => self.held.push(chain),
                 }
             }
@@ -347,36 +382,54 @@ impl World<'_> {
         self.queue.set_ram(&ram).expect("the rings are still there");
     }
 
-    /// The queue ends; its successor gets its state, or one that somebody made up.
+    /// The queue ends, or its process is killed; its successor gets its state, or one that somebody made up.
     fn restart(&mut self) {
-        self.publish();
-        let own = self.queue.state();
-        let made_up = self.bytes.bool();
-        let state = if made_up { self.made_up() } else { own };
-        let Ok(mut queue) = Queue::new(self.config, &self.memory.ram(), self.features, Some(state.clone()))
-        else {
+        let kind = self.bytes.below(3);
+        if kind > 0 {
+            self.publish();
+        }
+        let state = match kind {
+            1 => self.queue.state(),
+            2 => self.made_up(),
+            _ => QueueState::new(),
+        };
+        let region = self.inflight.as_ref().map(|(_, region)| region);
+        let state_of =
+            |queue: &Queue| queue.state().held.into_iter().filter(|chain| chain.completed.is_none());
+        let made = Queue::tracked(self.config, &self.memory.ram(), self.features, Some(state), region);
+        let Ok(mut queue) = made else {
+            // A region that was tried is not the old queue's any more; a queue without one goes on.
+            if region.is_some() {
+                self.inflight = None;
+                self.start_over();
+            }
             return;
         };
+        self.unlogged = true;
         self.held.clear();
-        // As if nothing had happened: what was held is out, and counted from here on.
-        (self.popped, self.completed, self.discarded) = (0, 0, 0);
-        self.unpublished = 0;
-        self.used = state.used.index;
-        for chain in state.held.iter().filter(|chain| chain.completed.is_none()) {
+        for chain in state_of(&queue) {
             self.held.extend(queue.adopt(chain.id));
         }
         queue.drop_unclaimed();
         self.queue = queue;
+        self.log();
         self.held.iter().for_each(|chain| self.look(chain));
-        // In-order completions of the state are counted by nobody here.
-        let counters = self.queue.counters();
-        (self.completed, self.discarded) = (counters.completed, counters.discarded);
-        self.popped = self.completed + self.discarded + self.queue.outstanding() as u64;
+        self.recount();
+    }
+
+    /// A reset: a queue of its own again, nothing in flight.
+    fn start_over(&mut self) {
+        self.unlogged = true;
+        self.held.clear();
+        let queue = Queue::new(self.config, &self.memory.ram(), self.features, None);
+        self.queue = queue.expect("a sound configuration");
+        self.log();
         self.recount();
     }
 
     /// Takes the queue's word for what a state brought in.
     fn recount(&mut self) {
+        self.queue.outstanding();
         let counters = self.queue.counters();
         (self.popped, self.completed, self.discarded) =
             (counters.popped, counters.completed, counters.discarded);
@@ -421,6 +474,6 @@ impl World<'_> {
         self.publish();
         self.check();
         self.queue.into_state();
-        self.memory.check_untouched();
+        self.memory.check_untouched(self.log.as_ref().filter(|_| !self.unlogged));
     }
 }

@@ -18,7 +18,7 @@ use crate::workspace::{Workspace, without_cargos_settings};
 const CARGO_FUZZ: &str = "0.13.2";
 
 /// Longer inputs find nothing that shorter ones do not, and are slower.
-const LIMITS: [&str; 4] = ["-max_len=1024", "-len_control=20", "-timeout=60", "-rss_limit_mb=3000"];
+const LIMITS: [&str; 4] = ["-max_len=1024", "-len_control=0", "-timeout=60", "-rss_limit_mb=3000"];
 
 /// Runs one target or all, one after the other, so many seconds each. Whether nothing was found.
 pub(crate) fn run(wanted: Option<&str>, seconds: u64) -> Result<bool> {

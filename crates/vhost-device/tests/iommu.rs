@@ -140,6 +140,22 @@ fn iommu_a_page_that_moves_is_read_where_it_is() {
     }
 }
 
+/// QEMU passes no invalidations on while rings are stopped.
+#[test]
+fn iommu_translations_do_not_outlive_the_rings() {
+    for layout in RingLayout::ALL {
+        let (_daemon, mut driver) = started(layout);
+        assert_eq!(ask(&mut driver, 0, b"one"), b"one");
+        let before = driver.misses().len();
+        driver.stop().unwrap();
+        go_on(&mut driver);
+        assert_eq!(ask(&mut driver, 0, b"two"), b"two");
+        let config = driver.ring(0).queue_config();
+        let again = &pages(&driver)[before..];
+        assert!(again.contains(&(config.desc.0 - config.desc.0 % PAGE)), "{layout:?}: {again:x?}");
+    }
+}
+
 /// A buffer that the device keeps does not hold up the VMM for ever, nor twice; nor does it fail the device.
 #[test]
 fn iommu_requests_that_are_out_keep_their_memory_over_an_invalidation() {

@@ -56,6 +56,16 @@ impl<D: VirtioDevice> Session<'_, D> {
         Ok(())
     }
 
+    /// No ring runs: what is known may be out of date from here on. QEMU passes invalidations on only while rings run, and
+    /// a driver that starts again may find its rings elsewhere under the same addresses.
+    pub(super) async fn forget_translations(&mut self) -> Result<(), Refused> {
+        if self.memory.is_translated() && self.is_suspended() {
+            let next = self.memory.behind_iommu(true)?;
+            self.change_memory(next, WaitFor::NewRequests).await;
+        }
+        Ok(())
+    }
+
     /// A queue found a translation that does not allow what it wants: it may be out of date.
     pub(super) async fn forget_translation(&mut self, iova: u64) {
         if let Ok(next) = self.memory.invalidated(iova, 1) {

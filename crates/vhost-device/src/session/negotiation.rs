@@ -88,6 +88,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             let next = self.memory.behind_iommu(translated)?;
             self.change_memory(next, WaitFor::NewRequests).await;
         }
+        self.forget_translations().await?;
         let log = bits & F_LOG_ALL != 0;
         if log != std::mem::replace(&mut self.log.wanted, log) {
             self.apply_log().await;

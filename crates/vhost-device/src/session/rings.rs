@@ -82,6 +82,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let base = ring.base(packed);
         ring.position = Position::Base(base);
         ring.kick = None;
+        self.forget_translations().await?;
         Ok(base)
     }
 

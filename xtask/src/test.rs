@@ -62,7 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         }
     }
     let mut programs = workspace.daemons();
-    programs.push("vhost-ctl".into());
+    programs.extend(["vhost-ctl".into(), "vhost-probe".into()]);
     workspace.build(&programs)?;
     test.env(daemon::VARIABLE, workspace.release());
 

@@ -1,11 +1,15 @@
 //! `vhost-probe check`: the conformance suite over a back-end, as a table.
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
 use virtio_testkit::conformance::{Line, Outcome, SocketBench, SocketOptions, Subject};
 
 use crate::{Target, table};
+
+/// How long to wait for somebody to listen.
+const LISTENING: Duration = Duration::from_millis(500);
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -48,6 +52,10 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     if options.list {
         list(&lines, target.json);
         return ExitCode::SUCCESS;
+    }
+    if let Err(error) = virtio_testkit::connect(&target.path, LISTENING) {
+        eprintln!("vhost-probe: {}: {}", target.path.display(), crate::features::reason(&error));
+        return ExitCode::FAILURE;
     }
     let subject =
         target.device.and_then(|device| device.names.iter().find_map(|name| Subject::by_name(name)));

@@ -50,7 +50,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 }
 
 /// An error with its cause.
-fn reason(error: &Error) -> String {
+pub(crate) fn reason(error: &Error) -> String {
     match error {
         Error::Io(cause) => cause.to_string(),
         other => other.to_string(),

@@ -46,7 +46,7 @@ pub(crate) struct Host {
 pub(crate) struct Tokens(u32);
 
 impl Tokens {
-    const PER_GUEST: u32 = 3;
+    const PER_GUEST: u32 = 4;
 
     pub(crate) fn of(guest: u32) -> Tokens {
         Tokens(guest * Tokens::PER_GUEST)
@@ -63,6 +63,10 @@ impl Tokens {
 
     pub(crate) fn listener(self) -> Token {
         Token::host(self.0 + 1)
+    }
+
+    pub(crate) fn transfer(self) -> Token {
+        Token::host(self.0 + 3)
     }
 
     pub(crate) fn channel(self) -> Token {

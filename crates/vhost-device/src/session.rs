@@ -15,6 +15,7 @@ mod memory;
 mod negotiation;
 mod refused;
 mod rings;
+mod transfer;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -41,6 +42,7 @@ use crate::task::{Watch, yield_now};
 use channel::Channel;
 use log::Log;
 pub(crate) use refused::Refused;
+use transfer::Transfer;
 
 /// How long requests may take to finish when the daemon is asked to end: shorter than the usual patience of those who
 /// ask (failure policy 7).
@@ -116,6 +118,8 @@ pub(crate) struct Session<'g, D: VirtioDevice> {
     acked: Option<Features>,
     /// Whether bit 30 was acknowledged: rings begin disabled, and SET_VRING_ENABLE rules.
     enable_rules: bool,
+    /// The transfer of the device's state.
+    transfer: Option<Transfer>,
     _watch: Watch,
 }
 
@@ -141,6 +145,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             denied: Vec::new(),
             acked: None,
             enable_rules: true,
+            transfer: None,
             _watch: watch,
         })
     }
@@ -202,6 +207,9 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             self.pass_on_events();
             if let Some(iova) = self.denied.pop() {
                 return Poll::Ready(Next::Forget { iova });
+            }
+            if let Some(transfer) = &mut self.transfer {
+                transfer.advance(context);
             }
             // Whoever does not read replies is not read either.
             if self.endpoint.wants_write() {
@@ -292,6 +300,12 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             R::ResetDevice => self.reset_device().await,
             R::SetStatus(status) => self.set_status(status).await?,
             R::GetStatus => return Ok(Answer::U64(self.guest.status().bits().into())),
+            R::SetDeviceStateFd { direction, phase: _, fd } => {
+                // Ours is better.
+                drop(fd);
+                return self.begin_transfer(direction).await;
+            }
+            R::CheckDeviceState => self.check_transfer().await?,
             other => return Err(Refused::Unsupported(other.code())),
         }
         Ok(Answer::Done)

@@ -9,6 +9,8 @@
 //! ```
 //! Each step is skipped where the feature that it needs was not offered or not wanted.
 use std::cell::Cell;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user::{
     Answer, BackendListener, BackendRequest, Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendEndpoint,
-    IotlbAccess, IotlbChange, IotlbReport, MemoryRegion, ProtocolFeatures, VringAddr,
+    IotlbAccess, IotlbChange, IotlbReport, MemoryRegion, MigrationPhase, ProtocolFeatures, TransferDirection,
+    VringAddr,
 };
 use vm_virtio::{Features, GuestAddress, QueueState, RingPos, Status};
 
@@ -71,7 +74,8 @@ impl VhostUserOptions {
                 | ProtocolFeatures::CONFIG
                 | ProtocolFeatures::RESET_DEVICE
                 | ProtocolFeatures::CONFIGURE_MEM_SLOTS
-                | ProtocolFeatures::STATUS,
+                | ProtocolFeatures::STATUS
+                | ProtocolFeatures::DEVICE_STATE,
             negotiate_protocol: true,
             queue_size: 64,
             queues: None,
@@ -355,6 +359,50 @@ impl VhostUserDriver {
             let seen = format!("{features:?} before, {:?} now", self.features);
             return Err(Violation::new("the offered features do not change (2.2.2)", seen).into());
         }
+        self.start()
+    }
+
+    /// Saves the state of the stopped device, as the source of a migration does.
+    pub fn save_state(&mut self) -> Result<Vec<u8>, DriverError> {
+        let (reader, writer) = std::io::pipe().map_err(Error::from)?;
+        let (save, stopped) = (TransferDirection::Save, MigrationPhase::Stopped);
+        let mut reader = match self.endpoint.set_device_state_fd(save, stopped, writer.as_fd())? {
+            Some(better) => File::from(better),
+            None => File::from(OwnedFd::from(reader)),
+        };
+        // The end of file is the back-end's: ours must not keep it open.
+        drop(writer);
+        let mut state = Vec::new();
+        reader.read_to_end(&mut state).map_err(Error::from)?;
+        self.endpoint.check_device_state()?;
+        Ok(state)
+    }
+
+    /// Gives a connected device that has no ring running a saved state, as the destination of a migration does.
+    pub fn load_state(&mut self, state: &[u8]) -> Result<(), DriverError> {
+        let (reader, writer) = std::io::pipe().map_err(Error::from)?;
+        let (load, stopped) = (TransferDirection::Load, MigrationPhase::Stopped);
+        let mut writer = match self.endpoint.set_device_state_fd(load, stopped, reader.as_fd())? {
+            Some(better) => File::from(better),
+            None => File::from(OwnedFd::from(writer)),
+        };
+        drop(reader);
+        // A back-end that has read enough to refuse it may close its end: what it says then counts.
+        let written = writer.write_all(state);
+        drop(writer);
+        self.endpoint.check_device_state()?;
+        Ok(written.map_err(Error::from)?)
+    }
+
+    /// Goes on with another back-end: this one is stopped, its state saved and loaded into the one at `path`, where the
+    /// rings go on.
+    pub fn migrate(&mut self, path: impl AsRef<Path>) -> Result<(), DriverError> {
+        self.stop()?;
+        let state = self.save_state()?;
+        self.endpoint = connect(path.as_ref(), LISTENING)?;
+        self.backend_requests = None;
+        self.negotiate()?;
+        self.load_state(&state)?;
         self.start()
     }
 

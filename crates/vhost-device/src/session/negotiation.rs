@@ -21,7 +21,7 @@ use super::{Refused, Session};
 use crate::ring::{Notify, Position, RingError, first_base};
 use crate::task::TaskWaker;
 
-/// Everything that is implemented. CONFIG only for devices that have a configuration space.
+/// Everything that is implemented for every device. CONFIG only for devices that have a configuration space.
 pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
     let always = ProtocolFeatures::MQ
         | ProtocolFeatures::LOG_SHMFD
@@ -40,7 +40,9 @@ impl<D: VirtioDevice> Session<'_, D> {
     }
 
     pub(super) fn offered_protocol_features(&self) -> ProtocolFeatures {
-        protocol_features(!self.guest.engine.config().is_empty())
+        let engine = &self.guest.engine;
+        let features = protocol_features(!engine.config().is_empty());
+        if engine.can_save() { features | ProtocolFeatures::DEVICE_STATE } else { features }
     }
 
     /// Whether the rings have the packed layout.

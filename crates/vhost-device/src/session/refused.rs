@@ -7,6 +7,7 @@ use vm_virtio::{ConfigError, FeatureError};
 use crate::mapping::MapError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
+use crate::session::transfer::TransferError;
 
 const BACKEND_REQ: ProtocolFeatures = ProtocolFeatures::BACKEND_REQ;
 
@@ -58,6 +59,9 @@ pub(crate) enum Refused {
     /// Not the socket that it should be.
     #[error(transparent)]
     Channel(#[from] vhost_user::Error),
+    /// The device's state does not come or go.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
     /// Known, but not served.
     #[error("{0:?} is not served")]
     Unsupported(FrontendCode),

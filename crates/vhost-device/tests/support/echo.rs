@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use reactor::Mail;
 use vm_virtio::controls::{Argument, ControlCommand, ControlRequest, Controls, Kind, Property, Value};
-use vm_virtio::device::{ConfigWriter, DeviceError, Lane, QueueSpec, Stop, VirtioDevice, Worker};
+use vm_virtio::device::{
+    ConfigWriter, DeviceError, DeviceState, Lane, QueueSpec, StateError, Stop, VirtioDevice, Worker,
+};
 use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, HostError, HostReply, HostRequest, Queue};
 
 /// A feature of the device's own.
@@ -24,6 +26,8 @@ pub mod ask {
     pub const CONFIGURE: u8 = b'C';
     /// How many requests since the reset? One byte.
     pub const COUNT: u8 = b'N';
+    /// Have so many MiB (second byte) of state.
+    pub const GROW: u8 = b'G';
     /// Wait this many milliseconds (second byte), which no real device may do.
     pub const BLOCK: u8 = b'B';
 }
@@ -32,6 +36,7 @@ pub struct Echo {
     config: Arc<ConfigSpace>,
     queues: u16,
     lanes: u16,
+    savable: bool,
     /// A number that only control clients care about.
     volume: u64,
 }
@@ -43,8 +48,14 @@ impl Echo {
             config: Arc::new(ConfigSpace::new((0..config).map(|i| i as u8).collect())),
             queues: 1,
             lanes: 1,
+            savable: false,
             volume: 5,
         }
+    }
+
+    /// With its count of requests as a state that can be saved.
+    pub fn savable(self) -> Echo {
+        Echo { savable: true, ..self }
     }
 
     /// With more queues and lanes.
@@ -81,8 +92,13 @@ impl VirtioDevice for Echo {
     }
 
     fn workers(&mut self, _mail: &[Mail<()>]) -> Result<Vec<EchoWorker>, DeviceError> {
-        let worker =
-            || EchoWorker { config: self.config.clone(), held: Vec::new(), clung: Vec::new(), count: 0 };
+        let worker = || EchoWorker {
+            config: self.config.clone(),
+            held: Vec::new(),
+            clung: Vec::new(),
+            count: 0,
+            padding: 0,
+        };
         Ok((0..self.lanes).map(|_| worker()).collect())
     }
 
@@ -122,6 +138,25 @@ impl VirtioDevice for Echo {
         }
     }
 
+    fn save(&self, workers: &[EchoWorker]) -> Result<DeviceState, StateError> {
+        if !self.savable {
+            return Err(StateError::Unsupported);
+        }
+        // As large as a state may be, if it is asked to be.
+        let padding = vec![0x5a_u8; workers.iter().map(|worker| worker.padding).sum()];
+        let counts: Vec<u8> = workers.iter().map(|worker| worker.count).collect();
+        DeviceState::encode(1, &(counts, padding))
+    }
+
+    fn restore(&mut self, workers: &mut [EchoWorker], state: &DeviceState) -> Result<(), StateError> {
+        let (counts, _padding): (Vec<u8>, Vec<u8>) = state.decode(1)?;
+        if counts.len() != workers.len() {
+            return Err(StateError::refused("another number of lanes"));
+        }
+        workers.iter_mut().zip(counts).for_each(|(worker, count)| worker.count = count);
+        Ok(())
+    }
+
     fn reset(&mut self, workers: &mut [EchoWorker]) {
         for worker in workers {
             worker.held.clear();
@@ -136,6 +171,7 @@ pub struct EchoWorker {
     held: Vec<(u16, Chain)>,
     clung: Vec<Chain>,
     count: u8,
+    padding: usize,
 }
 
 fn answer(queue: &mut Queue, chain: Chain, answer: &[u8]) {
@@ -165,6 +201,10 @@ impl Worker for EchoWorker {
                 [ask::CONFIGURE, value, ..] => {
                     let _ = self.config.set(0, &[value]);
                     lane.up.config_changed();
+                    answer(queue, chain, &request);
+                }
+                [ask::GROW, mebibytes, ..] => {
+                    self.padding = usize::from(mebibytes) << 20;
                     answer(queue, chain, &request);
                 }
                 [ask::COUNT, ..] => answer(queue, chain, &[self.count]),

@@ -11,6 +11,7 @@
 //! | [`queue`] | [`Queue`]: split and packed virtqueues, chains, readers and writers |
 //! | [`device`] | [`VirtioDevice`], [`Worker`]: what a device writes |
 //! | [`lane`] | [`LaneRunner`]: kicks, publishing, arming, budgets, faults of a set of queues |
+//! | [`limit`] | [`RateLimit`](limit::RateLimit): bytes and operations in a period |
 //! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
 //! | [`host_request`], [`controls`] | what a host asks of a device beyond virtio; properties and commands |
 //! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
@@ -22,6 +23,7 @@ pub mod engine;
 pub mod features;
 pub mod host_request;
 pub mod lane;
+pub mod limit;
 pub mod memory;
 pub mod queue;
 pub mod status;

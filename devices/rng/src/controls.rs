@@ -3,9 +3,9 @@ use std::time::Duration;
 
 use reactor::Mail;
 use vm_virtio::controls::{ControlRequest, Controls, Kind, Property, Value};
+use vm_virtio::limit::RateLimit;
 use vm_virtio::{HostError, HostReply};
 
-use crate::limit::RateLimit;
 use crate::worker::SetLimit;
 
 const SOURCE: &str = "source";
@@ -49,7 +49,7 @@ pub(crate) struct Operator {
 impl Operator {
     pub(crate) fn new(source: String, limit: Option<RateLimit>) -> Operator {
         let period = limit.map_or(DEFAULT_PERIOD, |limit| limit.period());
-        Operator { source, bytes: limit.map(|limit| limit.bytes()), period, mail: None }
+        Operator { source, bytes: limit.and_then(|limit| limit.bytes()), period, mail: None }
     }
 
     /// Where the worker gets its mail.

@@ -4,7 +4,6 @@
 //! | module | what for |
 //! |---|---|
 //! | [`Entropy`] (`backend/`) | where bytes come from: the kernel, a file or device, a seeded generator |
-//! | [`RateLimit`] (`limit.rs`) | so many bytes in a period |
 //! | `controls.rs` | what can be seen and changed while it runs |
 //! | [`RngWorker`] (`worker.rs`) | serves the queue |
 //! | `state.rs` | what is saved |
@@ -14,7 +13,6 @@
 //! the ring, where a stop or reset finds nothing to wait for, until a timer or the source's file says to look again.
 mod backend;
 mod controls;
-mod limit;
 mod state;
 mod worker;
 
@@ -28,7 +26,7 @@ use vm_virtio::{
 };
 
 pub use backend::{Entropy, OpenError};
-pub use limit::{LimitError, RateLimit};
+pub use vm_virtio::limit::{LimitError, RateLimit};
 pub use worker::{MAX_REQUEST, RngWorker, SetLimit};
 
 /// Entries of the request queue, at most.

@@ -3,6 +3,7 @@
 //! the saved device went on.
 use serde::{Deserialize, Serialize};
 use vm_virtio::device::StateError;
+use vm_virtio::limit::LimiterState;
 
 /// Newest version that is known.
 pub(crate) const VERSION: u16 = 1;
@@ -10,16 +11,8 @@ pub(crate) const VERSION: u16 = 1;
 /// Version 1.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct RngV1 {
-    pub(crate) limit: Option<PeriodV1>,
+    pub(crate) limit: Option<LimiterState>,
     pub(crate) seeded: Option<SeededV1>,
-}
-
-/// What is left of a period.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct PeriodV1 {
-    pub(crate) bytes: u64,
-    /// Until the next one begins; none: the first byte begins it.
-    pub(crate) milliseconds: Option<u64>,
 }
 
 /// Where a seeded generator is.

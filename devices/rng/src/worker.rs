@@ -5,11 +5,10 @@
 use std::time::Instant;
 
 use reactor::{Interest, Readiness, Token};
+use vm_virtio::limit::{Limiter, RateLimit};
 use vm_virtio::{DeviceError, Lane, StateError, Stop, Worker};
 
-use crate::RateLimit;
 use crate::backend::{Again, Filled, Source};
-use crate::limit::Window;
 use crate::state::RngV1;
 
 /// Most bytes that one request is answered with, however large its buffers are: one request must not keep the others
@@ -29,33 +28,33 @@ pub struct SetLimit(pub(crate) Option<RateLimit>);
 /// The part of the entropy device that serves its queue.
 pub struct RngWorker {
     source: Source,
-    window: Option<Window>,
+    limiter: Option<Limiter>,
     /// A timer or a watch will come: until then there is nothing to hand out.
     held: bool,
 }
 
 impl RngWorker {
     pub(crate) fn new(source: Source, limit: Option<RateLimit>) -> RngWorker {
-        RngWorker { source, window: limit.map(Window::new), held: false }
+        RngWorker { source, limiter: limit.map(Limiter::new), held: false }
     }
 
     /// Bytes that were collected but not handed out are forgotten. The period goes on.
     pub(crate) fn reset(&mut self) {
-        let RngWorker { source, window: _, held } = self;
+        let RngWorker { source, limiter: _, held } = self;
         source.reset();
         *held = false;
     }
 
     pub(crate) fn save(&self) -> RngV1 {
         let now = Instant::now();
-        RngV1 { limit: self.window.as_ref().map(|window| window.save(now)), seeded: self.source.save() }
+        RngV1 { limit: self.limiter.as_ref().map(|limiter| limiter.save(now)), seeded: self.source.save() }
     }
 
     /// A limit that only one of both has is the host's to decide.
     pub(crate) fn restore(&mut self, state: RngV1) -> Result<(), StateError> {
         self.source.restore(state.seeded)?;
-        if let (Some(window), Some(period)) = (&mut self.window, state.limit) {
-            window.restore(period, Instant::now());
+        if let (Some(limiter), Some(period)) = (&mut self.limiter, state.limit) {
+            limiter.restore(&period, Instant::now());
         }
         Ok(())
     }
@@ -67,8 +66,8 @@ impl RngWorker {
         let Some(queue) = lane.queues.get(REQUESTQ) else { return Ok(()) };
         loop {
             let (mut limit, mut now) = (MAX_REQUEST, None);
-            if let Some(window) = &mut self.window {
-                match window.allowed(*now.insert(Instant::now())) {
+            if let Some(limiter) = &mut self.limiter {
+                match limiter.allowed(*now.insert(Instant::now())) {
                     Ok(bytes) => limit = limit.min(usize::try_from(bytes).unwrap_or(usize::MAX)),
                     // Without a request there is nothing to wait for: its kick comes back here.
                     Err(_) if !queue.has_available() => return Ok(()),
@@ -89,8 +88,8 @@ impl RngWorker {
             }
             match filled {
                 Filled::Bytes(bytes) => {
-                    if let (Some(window), Some(now)) = (&mut self.window, now) {
-                        window.take(bytes as u64, now);
+                    if let (Some(limiter), Some(now)) = (&mut self.limiter, now) {
+                        limiter.take(bytes as u64, now);
                     }
                     queue.add_used(chain, u32::try_from(bytes).unwrap_or(u32::MAX));
                 }
@@ -158,9 +157,9 @@ impl Worker for RngWorker {
     }
 
     fn message(&mut self, SetLimit(limit): SetLimit, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
-        match (&mut self.window, limit) {
-            (Some(window), Some(limit)) => window.change(limit),
-            (window, limit) => *window = limit.map(Window::new),
+        match (&mut self.limiter, limit) {
+            (Some(limiter), Some(limit)) => limiter.change(limit),
+            (limiter, limit) => *limiter = limit.map(Limiter::new),
         }
         // Who waits for the end of a period may be served now.
         self.release(lane);

@@ -68,6 +68,16 @@ fn a_snapshot_is_no_way_around_the_rate_limit() {
     assert_eq!(ask_for(&mut second, 100).len(), 6);
 }
 
+/// If this fails, devices that were saved before cannot be restored any more: a new version is due.
+#[test]
+fn the_bytes_of_the_devices_part_are_what_they_have_always_been() {
+    let mut host = MemoryHost::builder(device(1, None)).start();
+    ask_for(&mut host, 300);
+    let section = SavedState::parse(&save(&mut host)).unwrap().take(Tag(*b"devc")).unwrap();
+    // No limit; seeded: seed, guest, position.
+    assert_eq!((section.version(), section.bytes()), (1, &[0, 1, 1, 0, 0xac, 2][..]));
+}
+
 #[test]
 fn a_state_that_is_another_devices_is_refused_and_the_device_is_as_new() {
     let mut first = MemoryHost::builder(device(1, None)).start();

@@ -6,6 +6,7 @@
 //!   watched by another.
 //! * [`mailbox`]: the bounded way into a thread that sleeps in its reactor.
 //! * [`Waker`]: an eventfd that ends such a sleep, also as a [`std::task::Waker`].
+//! * [`BlockingPool`]: threads for calls that block, and the way of their results back.
 //! * [`Spinner`]: whether to poll a little longer before sleeping.
 //!
 //! Promises that the rest of the project leans on, each with a test:
@@ -16,6 +17,7 @@
 //! 3. A reactor with nothing due sleeps: it makes no wake-ups of its own.
 //! 4. A message sent to a mailbox is never left lying while its receiver sleeps.
 
+mod blocking;
 mod mailbox;
 mod reactor;
 mod spin;
@@ -23,6 +25,7 @@ mod timers;
 mod token;
 mod waker;
 
+pub use blocking::{BlockingPool, Desk, Full, JobPanicked};
 pub use mailbox::{Inbox, Mail, SendError, mailbox};
 pub use reactor::Reactor;
 pub use spin::{SpinPolicy, Spinner};

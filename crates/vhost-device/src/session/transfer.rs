@@ -238,3 +238,66 @@ impl<D: VirtioDevice> Session<'_, D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+    use std::io::{Read, Write};
+    use std::task::Waker;
+
+    use super::*;
+
+    fn host() -> Rc<Host> {
+        let reactor = Rc::new(RefCell::new(reactor::Reactor::new().unwrap()));
+        Rc::new(Host { reactor, stopping: Cell::new(false), guests: 1 })
+    }
+
+    fn begin(content: Content) -> (Transfer, std::fs::File) {
+        let (transfer, theirs) = Transfer::new(content, &host(), Tokens::of(0)).unwrap();
+        (transfer, theirs.into())
+    }
+
+    fn advance(transfer: &mut Transfer) -> bool {
+        transfer.advance(&Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn policy_7_who_does_not_read_is_given_up_at_the_deadline() {
+        let (mut transfer, mut theirs) = begin(Content::Save(vec![7; 1 << 20], 0));
+        assert!(!advance(&mut transfer), "a pipe holds less");
+        assert!(transfer.deadline > Instant::now(), "there is time");
+        transfer.deadline = Instant::now();
+        assert!(advance(&mut transfer));
+        assert!(matches!(transfer.outcome, Some(Err(TransferError::Timeout))));
+        let mut rest = Vec::new();
+        theirs.read_to_end(&mut rest).expect("closed at our end");
+        assert!(rest.len() < 1 << 20);
+    }
+
+    #[test]
+    fn policy_7_who_does_not_write_is_given_up_at_the_deadline() {
+        let (mut transfer, mut theirs) = begin(Content::Load(Vec::new()));
+        theirs.write_all(b"BKPL").unwrap();
+        assert!(!advance(&mut transfer));
+        transfer.deadline = Instant::now();
+        assert!(advance(&mut transfer));
+        assert!(matches!(transfer.outcome, Some(Err(TransferError::Timeout))));
+        assert!(theirs.write_all(b"STAT").is_err(), "closed at our end");
+    }
+
+    #[test]
+    fn what_cannot_be_a_state_is_refused_while_it_comes() {
+        let (mut transfer, mut theirs) = begin(Content::Load(Vec::new()));
+        theirs.write_all(&[0; HEADER]).unwrap();
+        assert!(advance(&mut transfer), "without waiting for the end");
+        assert!(matches!(transfer.outcome, Some(Err(TransferError::State(StateError::Magic)))));
+    }
+
+    #[test]
+    fn the_front_ends_end_blocks_and_ours_does_not() {
+        let (transfer, theirs) = begin(Content::Load(Vec::new()));
+        let ours = &transfer.pipe.as_ref().unwrap().file;
+        assert!(rustix::fs::fcntl_getfl(ours).unwrap().contains(OFlags::NONBLOCK));
+        assert!(!rustix::fs::fcntl_getfl(&theirs).unwrap().contains(OFlags::NONBLOCK));
+    }
+}

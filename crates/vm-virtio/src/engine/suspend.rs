@@ -84,12 +84,14 @@ impl<D: VirtioDevice> Engine<D> {
     pub(super) fn resume_for_driver(&self, control: MutexGuard<'_, Control>) -> Ticket<()> {
         self.0.shared.change_status(Status::DRIVER_OK, Status::SUSPEND);
         let changed = self.0.config.release();
+        // Under the lock, so that a suspension that another vCPU asks for now comes behind it.
+        let ticket = self.send_resume(By::Driver);
         drop(control);
         // What happened meanwhile is news now (3.4.2), also that the device needs a reset (2.1.2).
         if changed || self.0.shared.status().contains(Status::DEVICE_NEEDS_RESET) {
             self.0.shared.events.event(HostEvent::ConfigChanged);
         }
-        self.send_resume(By::Driver)
+        ticket
     }
 }
 

@@ -1,0 +1,97 @@
+//! QEMU migrates a running guest from one QEMU to another on the same machine, while the guest reads through our daemon
+//! host: the daemon marks what it writes in QEMU's log, or the guest finds old bytes at its destination.
+//!
+//! With the test-only disk, for QEMU 11.1 calls its `vhost-user-rng` unmigratable, whatever the back-end can do.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use backplane_tests::daemon::Daemon;
+use backplane_tests::failure::Failure;
+use backplane_tests::guest::{Guest, Outcome};
+use backplane_tests::lab::{self, Lab};
+use backplane_tests::scratch::Scratch;
+use backplane_tests::virtio;
+use serde_json::json;
+
+/// The disk is read into the page cache over and over, by the device itself, and is then looked at without being read
+/// again: what the log lacked would be old there.
+const SCRIPT: &str = "
+	sum=$(dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | md5sum)
+	again() { echo 1 >/proc/sys/vm/drop_caches; [ \"$(cat /dev/vda | md5sum)\" = \"$sum\" ] && echo good || echo bad; }
+	( while [ ! -e /tmp/stop ]; do again; done >/tmp/rounds ) &
+	n=0; while [ $(wc -l </tmp/rounds) -lt 3 ]; do n=$((n + 1)); [ $n -lt 200 ] || fail 'no rounds'; sleep 0.1; done
+	ask move
+	[ \"$(cat /dev/vda | md5sum)\" = \"$sum\" ] || fail 'what was read before is not what was there'
+	before=$(wc -l </tmp/rounds)
+	n=0; while [ $(wc -l </tmp/rounds) -lt $((before + 3)) ]; do
+		n=$((n + 1)); [ $n -lt 300 ] || fail 'the reader hangs at the destination'; sleep 0.1; done
+	touch /tmp/stop; wait
+	grep -q bad /tmp/rounds && fail 'bad contents'
+	tell rounds $before $(wc -l </tmp/rounds)
+	virtio_devices
+";
+
+fn guest(lab: &Lab, daemon: &Daemon, number: usize, packed: bool) -> Guest {
+    let layout = if packed { "on" } else { "off" };
+    let chardev = format!("socket,id=disk,path={}", daemon.socket_of(number).display());
+    Guest::new(lab)
+        .memory_mib(256)
+        .args(["-chardev", &chardev])
+        .device(&format!("vhost-user-blk-pci,chardev=disk,num-queues=1,packed={layout}"))
+        .script(SCRIPT)
+        .limit(Duration::from_secs(180))
+}
+
+/// Reads while it is moved, with this layout of rings.
+fn migrate(test: &str, packed: bool) -> Result<(), Failure> {
+    let Some(lab) = lab::require(test) else { return Ok(()) };
+    let program = PathBuf::from(env!("CARGO_BIN_EXE_test-disk"));
+    let mut daemon = Daemon::of("test-disk", program)?.args(["--socket-count", "2", "--log-level", "debug"]);
+    daemon.start()?;
+    let scratch = Scratch::new().map_err(Failure::io("make a temporary folder"))?;
+    let uri = format!("unix:{}", scratch.join("migration").display());
+    let mut source = guest(&lab, &daemon, 0, packed).start()?;
+    let mut destination = guest(&lab, &daemon, 1, packed).args(["-incoming", &uri]).start()?;
+    source.wait_told("move", 1).map_err(|e| e.with_log("test-disk", &daemon.stderr()))?;
+    // So that it takes a while, and the guest goes on meanwhile.
+    source.qmp("migrate-set-parameters", &json!({ "max-bandwidth": 24 << 20 }))?;
+    source.qmp("migrate", &json!({ "uri": uri }))?;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let state = source.qmp("query-migrate", &json!({}))?;
+        match state["status"].as_str() {
+            Some("completed") => break,
+            Some("failed" | "cancelled") => {
+                return Err(Failure::new(format!("the migration failed: {state}"))
+                    .with_log("test-disk", &daemon.stderr()));
+            }
+            _ if Instant::now() > deadline => return Err(Failure::new(format!("not migrated: {state}"))),
+            _ => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    drop(source);
+    destination.answer("moved")?;
+    let outcome = destination
+        .wait()
+        .and_then(Outcome::success)
+        .map_err(|e| e.with_log("test-disk", &daemon.stderr()))?;
+    daemon.check()?;
+    assert!(outcome.told("rounds").is_some());
+    let devices = outcome.devices();
+    assert!(devices.iter().all(|device| device.has(virtio::RING_PACKED) == packed), "{devices:?}");
+    assert_eq!(devices.len(), 1);
+    assert!(daemon.stderr().contains("SetLogBase"), "the log was used");
+    daemon.stop()?;
+    Ok(())
+}
+
+#[test]
+fn migration_of_a_guest_that_reads_split() -> Result<(), Failure> {
+    migrate("migration_of_a_guest_that_reads_split", false)
+}
+
+#[test]
+fn migration_of_a_guest_that_reads_packed() -> Result<(), Failure> {
+    migrate("migration_of_a_guest_that_reads_packed", true)
+}

@@ -124,8 +124,18 @@ fn rng_split_without_event_index() -> Result<(), Failure> {
 
 #[test]
 fn rng_two_guests_on_one_daemon() -> Result<(), Failure> {
-    let Some(lab) = lab::require("rng_two_guests_on_one_daemon") else { return Ok(()) };
-    let mut daemon = daemon(&["--socket-count", "2"])?;
+    two_guests("rng_two_guests_on_one_daemon", &["--socket-count", "2"])
+}
+
+/// One thread carries both devices.
+#[test]
+fn rng_two_guests_on_one_thread() -> Result<(), Failure> {
+    two_guests("rng_two_guests_on_one_thread", &["--socket-count", "2", "--threads", "1"])
+}
+
+fn two_guests(test: &str, arguments: &[&str]) -> Result<(), Failure> {
+    let Some(lab) = lab::require(test) else { return Ok(()) };
+    let mut daemon = daemon(arguments)?;
     let text = script("ask ready\ncheck 20\nask done\n");
     let start =
         |number| Guest::new(&lab).cpus(1).vhost_user(DEVICE, &daemon.socket_of(number)).script(&text).start();

@@ -10,7 +10,7 @@
 //! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
 //! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
-//! | [`conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
+//! | [`mod@conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
 //! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
 //!
 //! # A device test

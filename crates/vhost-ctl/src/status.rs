@@ -7,7 +7,7 @@ use vhost_device::control::protocol::Request;
 use vhost_device::control::report::{GuestStatus, Process, Status};
 
 use crate::Failure;
-use crate::daemons::Daemons;
+use crate::daemons::{Daemons, shown};
 use crate::table::{bytes, span};
 
 pub(crate) fn show(daemons: &mut Daemons, as_json: bool, out: &mut dyn Write) -> Result<(), Failure> {
@@ -54,6 +54,9 @@ fn describe(guest: &GuestStatus, out: &mut dyn Write) -> Result<(), Failure> {
     writeln!(out, "  guest {}: {}{socket}, {}", guest.guest, guest.device, state(guest))?;
     let or_none = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(" ") };
     writeln!(out, "    status      {}", or_none(&guest.status))?;
+    if let Some(why) = &guest.last_failure {
+        writeln!(out, "    last failure {}", shown(&json!(why)))?;
+    }
     writeln!(out, "    offered     {}", or_none(&guest.offered))?;
     writeln!(out, "    negotiated  {}", or_none(&guest.negotiated))?;
     Ok(())

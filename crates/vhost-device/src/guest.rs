@@ -103,6 +103,8 @@ pub(crate) struct Guest<D: VirtioDevice> {
     /// Where its front-ends connect, if that is a path.
     pub(crate) socket: Option<PathBuf>,
     pub(crate) counts: Counts,
+    /// Why the device needed a reset last.
+    pub(crate) last_failure: RefCell<Option<String>>,
 }
 
 /// What happened between a guest's front-ends and us.
@@ -153,6 +155,7 @@ impl<D: VirtioDevice> Guest<D> {
             failures_told,
             socket,
             counts,
+            last_failure: RefCell::default(),
         }
     }
 
@@ -272,6 +275,7 @@ impl<D: VirtioDevice> Guest<D> {
             }
             HostEvent::NeedsReset { reason } => {
                 tracing::warn!(guest = self.index, reason, "the device needs a reset");
+                *self.last_failure.borrow_mut() = Some(reason.clone());
             }
             // Flags and whatever comes later are not for the log.
             _ => {}

@@ -184,6 +184,9 @@ fn policy_8_every_failure_is_counted_by_who_failed() {
     // A worker that panics.
     submit(&mut driver, 0, b"P");
     eventually("the panic is counted", || client.stats()["guests"][1]["failures"]["worker"] == 1);
+    let status = client.ok(json!({"request": "status", "guest": 1}));
+    let why = status["guests"][0]["last_failure"].as_str().unwrap();
+    assert!(why.contains("asked to panic"), "{status}");
     let stats = client.stats();
     assert_eq!(stats["guests"][1]["needs_reset"], true);
     assert_eq!(stats["guests"][0]["needs_reset"], false);

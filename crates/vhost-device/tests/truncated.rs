@@ -2,7 +2,9 @@
 //! dies, the test sees it.
 mod support;
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use rustix::event::{EventfdFlags, eventfd};
 use support::process::Process;
@@ -47,7 +49,10 @@ impl Guests {
     fn start(layout: RingLayout) -> Guests {
         let dir = TempDir::new();
         let base = dir.path().join("s");
-        let process = Process::ready(&["-s", base.to_str().unwrap(), "-c", "2"]);
+        let control = dir.path().join("control");
+        let arguments =
+            ["-s", base.to_str().unwrap(), "-c", "2", "--control-socket", control.to_str().unwrap()];
+        let process = Process::ready(&arguments);
         let socket = |i: u32| dir.path().join(format!("s{i}"));
         let theirs = VhostUserOptions { ram: memory(), ..options(layout) };
         let mut bad = VhostUserDriver::connect(socket(0), theirs).unwrap();
@@ -57,12 +62,23 @@ impl Guests {
         Guests { process, dir, bad, good }
     }
 
+    /// How often each guest lost memory.
+    fn lost(&self) -> [u64; 2] {
+        let mut control = UnixStream::connect(self.dir.path().join("control")).unwrap();
+        control.write_all(b"{\"request\":\"stats\"}\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(control).read_line(&mut line).unwrap();
+        let stats: serde_json::Value = serde_json::from_str(&line).unwrap();
+        [0, 1].map(|guest: usize| stats["ok"]["guests"][guest]["failures"]["memory"].as_u64().unwrap())
+    }
+
     /// The process lives and the other guest does not notice; the one that lost its memory does, resets, and works
     /// with new memory.
     #[track_caller]
     fn check_and_recover(&mut self) {
         eventually("the device needs a reset", || needs_reset(&mut self.bad));
         eventually("the front-end is told", || self.bad.ring_failed(0));
+        assert!(matches!(self.lost(), [(1..), 0]), "counted with its guest: {:?}", self.lost());
         assert_eq!(ask(&mut self.good, 0, b"still"), b"still");
         assert!(!needs_reset(&mut self.good) && !self.good.ring_failed(0));
         self.bad.reset().unwrap();

@@ -422,7 +422,7 @@ impl<D: VirtioDevice> Engine<D> {
             Err(error @ QueueError::Miss(_)) => return Ticket::ready(Err(error.into())),
             Err(error) => {
                 // Size and addresses are the driver's: as bad as a broken ring (failure policy 1).
-                self.0.shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
+                self.0.shared.failures.queue(&error);
                 self.0.shared.needs_reset(format!("queue {queue} cannot start: {error}"));
                 return Ticket::ready(Err(error.into()));
             }

@@ -60,6 +60,7 @@ fn guest_status<D: VirtioDevice>(guest: &Guest<D>) -> GuestStatus {
         connected: guest.counts.connected.get(),
         status: status.iter_names().map(|(name, _)| name.to_owned()).collect(),
         needs_reset: status.contains(DeviceStatus::DEVICE_NEEDS_RESET),
+        last_failure: guest.last_failure.borrow().clone(),
         offered: names(guest.engine.offered()),
         negotiated: names(guest.engine.driver_features()),
     }
@@ -100,6 +101,7 @@ fn guest_stats<D: VirtioDevice>(guest: &Guest<D>) -> GuestStats {
             backend: queues.iter().map(|queue| queue.errors.failed).sum(),
             front_end: refused + broken + turned_away,
             worker: failures.worker_failures.load(Ordering::Relaxed),
+            memory: failures.memory.load(Ordering::Relaxed),
             stuck: failures.stuck.load(Ordering::Relaxed),
         },
         queues,

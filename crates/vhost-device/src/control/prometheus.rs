@@ -44,7 +44,7 @@ const GUEST: &[Metric<GuestStats>] = &[
 const QUEUE: &[Metric<QueueStats>] = &[
     ("queue_requests_total", "counter", "Requests taken from the queue", |queue| queue.requests),
     ("queue_completed_total", "counter", "Requests given back to the driver", |queue| queue.completed),
-    ("queue_read_bytes_total", "counter", "Bytes of device-readable parts", |queue| queue.bytes_read),
+    ("queue_read_bytes_total", "counter", "Bytes read from requests", |queue| queue.bytes_read),
     ("queue_written_bytes_total", "counter", "Bytes written for the driver", |queue| queue.bytes_written),
     ("queue_kicks_total", "counter", "Notifications of the driver", |queue| queue.kicks),
     ("queue_interrupts_total", "counter", "Notifications sent to the driver", |queue| queue.interrupts),

@@ -57,6 +57,9 @@ pub struct GuestStatus {
     pub status: Vec<String>,
     /// Whether the device needs a reset.
     pub needs_reset: bool,
+    /// Why it needed one last.
+    #[serde(default)]
+    pub last_failure: Option<String>,
     /// Features that are offered.
     pub offered: Vec<String>,
     /// Features that the driver chose.
@@ -114,20 +117,24 @@ pub struct Failures {
     pub front_end: u64,
     /// 5: errors and panics of workers and devices.
     pub worker: u64,
+    /// 6: queues whose memory was lost.
+    #[serde(default)]
+    pub memory: u64,
     /// 7: stops that ended with requests still out.
     pub stuck: u64,
 }
 
 impl Failures {
     /// Each with its name.
-    pub fn by_name(&self) -> [(&'static str, u64); 6] {
-        let Failures { ring, request, backend, front_end, worker, stuck } = *self;
+    pub fn by_name(&self) -> [(&'static str, u64); 7] {
+        let Failures { ring, request, backend, front_end, worker, memory, stuck } = *self;
         [
             ("ring", ring),
             ("request", request),
             ("backend", backend),
             ("front-end", front_end),
             ("worker", worker),
+            ("memory", memory),
             ("stuck", stuck),
         ]
     }
@@ -144,7 +151,7 @@ pub struct QueueStats {
     pub requests: u64,
     /// Requests given back.
     pub completed: u64,
-    /// Bytes of the device-readable parts of requests that were given back.
+    /// Bytes that the device says it read from requests.
     pub bytes_read: u64,
     /// Bytes written into requests that were given back.
     pub bytes_written: u64,

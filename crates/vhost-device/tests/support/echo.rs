@@ -192,6 +192,7 @@ impl Worker for EchoWorker {
             self.count = self.count.wrapping_add(1);
             let mut request = vec![0; 4096];
             let n = queue.reader(&chain).read(&mut request);
+            queue.note_read(n as u64);
             request.truncate(n);
             match *request.as_slice() {
                 [ask::HOLD, ..] => self.held.push((number, chain)),

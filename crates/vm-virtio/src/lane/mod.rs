@@ -66,6 +66,16 @@ pub struct FailureCounters {
     pub stuck: AtomicU64,
     /// Invalidations of an IOMMU's translations that did not wait for all chains.
     pub unreleased: AtomicU64,
+    /// Queues whose memory was lost.
+    pub memory: AtomicU64,
+}
+
+impl FailureCounters {
+    /// A queue that stops, or cannot start, because of this.
+    pub(crate) fn queue(&self, error: &crate::QueueError) {
+        let of = if matches!(error, crate::QueueError::Poisoned) { &self.memory } else { &self.queue_faults };
+        of.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// What the lanes of a device and its engine share: nothing that a request touches.
@@ -654,7 +664,7 @@ impl<W: Worker> LaneRunner<W> {
         self.regate(at);
         self.unwatch_kick(at);
         let shared = &self.up.shared;
-        shared.failures.queue_faults.fetch_add(1, Ordering::Relaxed);
+        shared.failures.queue(&error);
         let reason = format!("queue {queue}: {error}");
         // Before anybody hears of it: who then looks at the status has to find it there.
         shared.add_status(Status::DEVICE_NEEDS_RESET);

@@ -20,7 +20,7 @@ pub struct QueueCounters {
     /// Requests that the device's backend failed, as the device says:
     /// [`Queue::note_failed`](super::Queue::note_failed).
     pub failed: u64,
-    /// Bytes of the device-readable parts of completed chains.
+    /// Bytes of device-readable parts that were used, as the device says: [`Queue::note_read`](super::Queue::note_read).
     pub bytes_read: u64,
     /// Bytes that completed chains said were written.
     pub bytes_written: u64,

@@ -94,16 +94,6 @@ impl Slot {
         u32::try_from(sum).unwrap_or(u32::MAX)
     }
 
-    /// Bytes of the device-readable part.
-    #[inline(always)]
-    pub(super) fn readable_len(&self) -> u64 {
-        match self.segments().0 {
-            [] => 0,
-            [only] => only.len() as u64,
-            several => several.iter().map(|segment| segment.len() as u64).sum(),
-        }
-    }
-
     /// `written`, or what there is room for if that is less.
     #[inline(always)]
     pub(super) fn at_most_room(&self, written: u32) -> u32 {

@@ -9,7 +9,7 @@ mod message;
 mod ring;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -53,8 +53,10 @@ mod bit {
     pub(crate) const IN_ORDER: u64 = 1 << 35;
 }
 
-/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
-const PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, INBAND_NOTIFICATIONS, CONFIGURE_MEM_SLOTS,
+/// STATUS, DEVICE_STATE.
+const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 16 | 1 << 19;
 const REPLY_ACK: u64 = 1 << 3;
 const STATUS: u64 = 1 << 16;
 
@@ -121,6 +123,7 @@ struct Backend {
     memory: Memory,
     rings: Vec<Ring>,
     channel: Option<UnixStream>,
+    loading: Option<File>,
 }
 
 impl Backend {
@@ -137,6 +140,7 @@ impl Backend {
             memory: Memory::default(),
             rings: Vec::new(),
             channel: None,
+            loading: None,
         }
     }
 
@@ -157,7 +161,7 @@ impl Backend {
             (self.acked, self.times_acked, self.protocol) = (None, 0, 0);
             self.memory = Memory::default();
             self.rings = (0..QUEUES).map(|_| Ring::default()).collect();
-            self.channel = None;
+            (self.channel, self.loading) = (None, None);
             let end = self.serve(&stream);
             if end == End::Everything || self.is("reconnect") {
                 return;
@@ -246,7 +250,7 @@ impl Backend {
     fn protocol_offered(&self) -> u64 {
         match self.mutant {
             "mq-offered" => PROTOCOL & !1,
-            "protocol-bits-consistent" => (PROTOCOL | 1 << 14) & !(1 << 5),
+            "protocol-bits-consistent" => PROTOCOL & !(1 << 5),
             _ => PROTOCOL,
         }
     }
@@ -429,6 +433,27 @@ impl Backend {
                 if self.is("reset-device") {
                     self.status = status;
                 }
+            }
+            35 => {
+                done = known;
+                if known && !self.is("kicks-as-messages") {
+                    self.work(ring)?;
+                }
+            }
+            42 => {
+                let Some(mut channel) = fds.pop().map(File::from) else { return Err(End::Connection) };
+                if number == 0 {
+                    let _ = channel.write_all(&self.config);
+                } else {
+                    // Read when the front-end has written all.
+                    self.loading = Some(channel);
+                }
+                return own_reply(&(1u64 << 8).to_ne_bytes());
+            }
+            43 => {
+                let loaded = self.loading.take().map_or(Ok(()), |mut file| file.read_exact(&mut self.config));
+                let failed = loaded.is_err() || self.is("device-state");
+                return own_reply(&u64::from(failed).to_ne_bytes());
             }
             36 => return own_reply(&64u64.to_ne_bytes()),
             37 => {

@@ -1,9 +1,11 @@
 //! vhost-user: messages, ring states, memory (the document's sections, by their headings).
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use vhost_user::{
-    Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, LogArea, ProtocolFeatures as P, flags,
+    Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, LogArea, MigrationPhase, ProtocolFeatures as P,
+    TransferDirection, flags,
 };
 
 use super::line;
@@ -155,6 +157,20 @@ pub(super) fn lines() -> Vec<Line> {
             "Inflight I/O tracking",
             "An area for requests in flight is given, taken, and work goes on",
             inflight,
+        )
+        .layouts(),
+        wire(
+            "kicks-as-messages",
+            "In-band notifications",
+            "A ring without a file for kicks is kicked by messages",
+            inband,
+        )
+        .layouts(),
+        wire(
+            "device-state",
+            "Migrating back-end state",
+            "A stopped device's state is saved, and loaded again",
+            state,
         )
         .layouts(),
         wire(
@@ -674,6 +690,76 @@ fn inflight(bench: &mut Bench<'_>) -> Checked {
     bench.host.stop_ring(queue)?;
     bench.host.start_ring(queue)?;
     bench.ask(queue)
+}
+
+fn inband(bench: &mut Bench<'_>) -> Checked {
+    let setup = bench.setup;
+    bench.host.wire()?.renew_with(&setup, P::INBAND_NOTIFICATIONS)?;
+    let now = bench.host.wire()?.now()?;
+    now.need(P::INBAND_NOTIFICATIONS)?;
+    for index in 0..now.rings.len() {
+        now.place_ring(index)?;
+        now.endpoint.set_vring_kick(index as u32, None)?;
+        let call = now.rings[index].call.as_fd();
+        now.endpoint.set_vring_call(index as u32, Some(call))?;
+        now.enable(index, true)?;
+    }
+    bench.host.driver_ok()?;
+    let queue = bench.queue()?;
+    for _ in 0..4 {
+        let asked = bench.stage(queue, Cut::Whole, Shape::Direct)?;
+        bench.host.ring(queue).publish();
+        bench.host.wire()?.now()?.endpoint.vring_kick(queue as u32)?;
+        let used = bench.used(queue)?;
+        bench.check(&asked, used)?;
+    }
+    Ok(())
+}
+
+/// More than any device has to say of itself.
+const MOST_STATE: u64 = 16 << 20;
+
+fn state(bench: &mut Bench<'_>) -> Checked {
+    let (setup, patience) = (bench.setup, bench.patience);
+    bench.host.wire()?.renew_with(&setup, P::DEVICE_STATE)?;
+    bench.host.wire()?.now()?.need(P::DEVICE_STATE)?;
+    bench.go()?;
+    let queue = bench.queue()?;
+    bench.ask(queue)?;
+    for every in 0..bench.host.queues() {
+        bench.host.stop_ring(every)?;
+    }
+    let channel = || -> Checked<(UnixStream, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair().map_err(Error::Io)?;
+        ours.set_read_timeout(Some(patience)).map_err(Error::Io)?;
+        ours.set_write_timeout(Some(patience)).map_err(Error::Io)?;
+        Ok((ours, theirs))
+    };
+    let endpoint = &mut bench.host.wire()?.now()?.endpoint;
+    let (ours, theirs) = channel()?;
+    let better =
+        endpoint.set_device_state_fd(TransferDirection::Save, MigrationPhase::Stopped, theirs.as_fd())?;
+    drop(theirs);
+    if better.is_some() {
+        return not_applicable("the back-end wants a channel of its own kind");
+    }
+    let mut saved = Vec::new();
+    if let Err(error) = ours.take(MOST_STATE).read_to_end(&mut saved) {
+        return broken(format!("the state does not come to an end: {error}"));
+    }
+    endpoint.check_device_state()?;
+    let (mut ours, theirs) = channel()?;
+    endpoint.set_device_state_fd(TransferDirection::Load, MigrationPhase::Stopped, theirs.as_fd())?;
+    drop(theirs);
+    if let Err(error) = ours.write_all(&saved) {
+        return broken(format!("the state is not read: {error}"));
+    }
+    drop(ours);
+    endpoint.check_device_state()?;
+    for every in 0..bench.host.queues() {
+        bench.host.start_ring(every)?;
+    }
+    (0..3).try_for_each(|_| bench.ask(queue))
 }
 
 fn unknown(bench: &mut Bench<'_>) -> Checked {

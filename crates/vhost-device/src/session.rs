@@ -31,7 +31,7 @@ use vhost_user::{
 };
 use vm_virtio::device::{ConfigWriter, Stop, VirtioDevice};
 use vm_virtio::engine::STOP_DEADLINE;
-use vm_virtio::{Features, GuestRam, WaitFor};
+use vm_virtio::{Features, GuestRam, HostFile, HostReply, HostRequest, WaitFor};
 
 use crate::guest::{Guest, count};
 use crate::listen::Listener;
@@ -306,9 +306,28 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                 return self.begin_transfer(direction).await;
             }
             R::CheckDeviceState => self.check_transfer().await?,
+            R::SendRarp(mac) => return self.ask_device(HostRequest::Announce(mac)),
+            R::NetSetMtu(mtu) => return self.ask_device(HostRequest::NetMtu(mtu)),
+            R::GpuSetSocket(socket) => return self.ask_device(HostRequest::GpuSocket(socket)),
+            R::CreateCryptoSession(description) => {
+                return self.ask_device(HostRequest::CreateCryptoSession(description));
+            }
+            R::CloseCryptoSession(id) => return self.ask_device(HostRequest::CloseCryptoSession(id)),
+            R::GetSharedObject(id) => return self.ask_device(HostRequest::SharedObject(id)),
             other => return Err(Refused::Unsupported(other.code())),
         }
         Ok(Answer::Done)
+    }
+
+    /// What is the device's to do. An answer of a kind that the request does not have is the device's bug, and the
+    /// connection's end.
+    fn ask_device(&self, request: HostRequest) -> Result<Answer, Refused> {
+        match self.guest.engine.host_request(request)? {
+            HostReply::Done => Ok(Answer::Done),
+            HostReply::CryptoSession(id) => Ok(Answer::CryptoSession(id)),
+            HostReply::File(HostFile(file)) => Ok(Answer::Fd(file)),
+            _ => Err(Refused::WrongReply),
+        }
     }
 
     /// The end: rings finish what they took and stop, the front-end's memory and files go. The device stays.

@@ -3,7 +3,7 @@
 //! The two never share a lock: a worker lives on the thread of its lane; the device is entered by the control side
 //! only. They meet when every queue is stopped ([`VirtioDevice::reset`]), and talk through mailboxes otherwise.
 use crate::controls::Controls;
-use crate::host_request::{HostError, HostReply, HostRequest};
+use crate::host_request::{HostError, HostReply, HostRequest, HostRequests, ObjectId};
 use crate::{ConfigSpace, DeviceType, Features, Queue, Status};
 pub use device_state::{Section as DeviceState, StateError};
 use reactor::{Mail, Reactor, Readiness, Token};
@@ -104,6 +104,10 @@ pub enum HostEvent {
         /// Why, for the log.
         reason: String,
     },
+    /// The device exports this object to the other devices of its VM from now on.
+    ObjectExported(ObjectId),
+    /// It does so no more.
+    ObjectWithdrawn(ObjectId),
     /// The driver broke a ring's rules; that queue is stopped. [`HostEvent::NeedsReset`] follows.
     QueueFault {
         /// The queue.
@@ -137,6 +141,17 @@ impl Upcall {
         if self.shared.status().contains(Status::DRIVER_OK) {
             self.shared.events.event(HostEvent::ConfigChanged);
         }
+    }
+
+    /// Other devices of the VM may ask for this object: [`HostRequest::SharedObject`] brings its file. Holds over resets,
+    /// until it is [withdrawn](Upcall::withdraw). Only for devices with [`HostRequests::SHARED_OBJECTS`].
+    pub fn export(&self, object: ObjectId) {
+        self.shared.events.event(HostEvent::ObjectExported(object));
+    }
+
+    /// The object is gone, or is nobody else's any more.
+    pub fn withdraw(&self, object: ObjectId) {
+        self.shared.events.event(HostEvent::ObjectWithdrawn(object));
     }
 }
 
@@ -186,6 +201,12 @@ pub trait VirtioDevice: Send + 'static {
     /// What whoever operates the device can read, set and run. Called once.
     fn controls(&self) -> Controls {
         Controls::default()
+    }
+
+    /// The host's requests that it knows, besides control requests. Constant: hosts offer front-ends what is in it, and
+    /// bring nothing else.
+    fn host_requests(&self) -> HostRequests {
+        HostRequests::empty()
     }
 
     /// The host wants something beyond virtio. Must not block: what a worker has to do goes through its mailbox. May

@@ -19,7 +19,7 @@ mod suspend;
 
 use crate::controls::Controls;
 use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
-use crate::host_request::{HostError, HostReply, HostRequest};
+use crate::host_request::{HostError, HostReply, HostRequest, HostRequests};
 use crate::lane::{
     Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, QueueStats,
     QueueTotals, Shared, StartError, StopError, WaitFor,
@@ -119,6 +119,7 @@ struct Core<D: VirtioDevice> {
     specs: Vec<QueueSpec>,
     config: Arc<ConfigSpace>,
     controls: Controls,
+    host_requests: HostRequests,
     control: Mutex<Control>,
     lanes: Vec<LaneHandle<D::Worker>>,
     /// Of each queue.
@@ -224,6 +225,7 @@ impl<D: VirtioDevice> Engine<D> {
             device_type: device.device_type(),
             config: device.config(),
             controls: device.controls(),
+            host_requests: device.host_requests(),
             device: Mutex::new(device),
             offered,
             specs,
@@ -369,10 +371,18 @@ impl<D: VirtioDevice> Engine<D> {
         Ok(())
     }
 
-    /// Asks the device for something beyond virtio. Control requests are checked against [`Engine::controls`] first.
+    /// The requests that the device knows, besides control requests.
+    pub fn host_requests(&self) -> HostRequests {
+        self.0.host_requests
+    }
+
+    /// Asks the device for something beyond virtio. Control requests are checked against [`Engine::controls`] first, the
+    /// others against [`Engine::host_requests`].
     pub fn host_request(&self, request: HostRequest) -> Result<HostReply, HostError> {
         match &request {
             HostRequest::Control(control) => self.0.controls.check(control)?,
+            other if self.0.host_requests.contains(other.needs()) => {}
+            _ => return Err(HostError::Unsupported),
         }
         self.enter_device("host_request", |device| device.host_request(request))
             .unwrap_or(Err(HostError::Panicked))

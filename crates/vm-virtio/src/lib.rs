@@ -39,7 +39,7 @@ pub use engine::{
     QueueStart, SavedQueue, SnapshotError, SuspendError,
 };
 pub use features::{DeviceType, Features};
-pub use host_request::{HostError, HostReply, HostRequest};
+pub use host_request::{HostError, HostFile, HostReply, HostRequest, HostRequests, ObjectId};
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, DirtyLog, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, InflightError, InflightRegion, Queue, QueueConfig, QueueError, QueueState, RingPos};

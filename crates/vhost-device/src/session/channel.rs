@@ -1,11 +1,11 @@
 //! What the back-end has to say by itself: changes of the configuration space, errors of rings, and interrupts where
 //! they are messages. All of it bounded: news merge while the front-end does not listen.
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 
 use vhost_user::{BackendChannel, BackendCode, BackendRequest, Error, ProtocolFeatures, RequestId};
 use vm_virtio::device::VirtioDevice;
-use vm_virtio::{HostEvent, QueueError, Ticket};
+use vm_virtio::{HostEvent, ObjectId, QueueError, Ticket};
 
 use super::{Refused, Session, iommu};
 use crate::ring::Notify;
@@ -16,6 +16,10 @@ pub(super) struct Channel {
     pub(super) socket: BackendChannel,
     /// Interrupts that are not acknowledged, in the order of their messages, and whose ring they are of.
     calls: VecDeque<(RequestId, usize)>,
+    /// Exported objects that the front-end was told of, and the state of [`Events::exports`](crate::events::Events)
+    /// when it was.
+    objects: BTreeSet<ObjectId>,
+    exports: u64,
     _watch: Watch,
 }
 
@@ -44,7 +48,13 @@ impl<D: VirtioDevice> Session<'_, D> {
         // The former channel's watch must be gone before its token is used again.
         self.lose_channel();
         let watch = Watch::new(&self.guest.host.reactor, token, socket.as_fd())?;
-        self.channel = Some(Channel { socket, calls: VecDeque::new(), _watch: watch });
+        self.channel = Some(Channel {
+            socket,
+            calls: VecDeque::new(),
+            objects: BTreeSet::new(),
+            exports: 0,
+            _watch: watch,
+        });
         Ok(())
     }
 
@@ -104,11 +114,46 @@ impl<D: VirtioDevice> Session<'_, D> {
             return;
         }
         self.send_calls();
+        self.tell_objects();
         let wanted = wants_config(self.endpoint.protocol_features());
         if self.channel.is_some() && wanted && self.guest.events.config_changed() {
             self.guest.events.config_told();
             self.with_channel(|channel| channel.socket.config_changed().map(|_| ()));
         }
+    }
+
+    /// What the device exports, as far as the front-end does not know it: a new channel is told everything. As much as
+    /// the channel takes; the rest when it is empty again.
+    fn tell_objects(&mut self) {
+        if !self.endpoint.protocol_features().contains(ProtocolFeatures::SHARED_OBJECT) {
+            return;
+        }
+        let events = &self.guest.events;
+        let Some(channel) = self.channel.as_mut().filter(|channel| !channel.socket.wants_write()) else {
+            return;
+        };
+        let exports = events.exports();
+        if channel.exports == exports {
+            return;
+        }
+        let objects = events.objects();
+        let gone: Vec<_> = channel.objects.difference(&objects).copied().collect();
+        let new: Vec<_> = objects.difference(&channel.objects).copied().collect();
+        self.with_channel(|channel| {
+            let gone = gone.into_iter().map(|id| (id, BackendRequest::SharedObjectRemove(id)));
+            let new = new.into_iter().map(|id| (id, BackendRequest::SharedObjectAdd(id)));
+            for (id, request) in gone.chain(new) {
+                if channel.socket.wants_write() {
+                    return Ok(());
+                }
+                channel.socket.request(request, false)?;
+                if !channel.objects.remove(&id) {
+                    channel.objects.insert(id);
+                }
+            }
+            channel.exports = exports;
+            Ok(())
+        });
     }
 
     /// One message for each ring that has used buffers since its last; see `inband.rs`.

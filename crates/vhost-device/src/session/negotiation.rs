@@ -15,14 +15,23 @@ use std::sync::Arc;
 
 use vhost_user::{F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeatures};
 use vm_virtio::device::VirtioDevice;
-use vm_virtio::{FeatureError, Features, QueueState, Status, WaitFor};
+use vm_virtio::{FeatureError, Features, HostRequests, QueueState, Status, WaitFor};
 
 use super::{Refused, Session};
 use crate::ring::{Notify, Position, RingError, first_base};
 use crate::task::TaskWaker;
 
-/// Everything that is implemented for every device. CONFIG only for devices that have a configuration space.
-pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
+/// What devices have that know these requests of the host.
+const OF_DEVICES: [(HostRequests, ProtocolFeatures); 4] = [
+    (HostRequests::ANNOUNCE, ProtocolFeatures::RARP),
+    (HostRequests::NET_MTU, ProtocolFeatures::MTU),
+    (HostRequests::CRYPTO_SESSIONS, ProtocolFeatures::CRYPTO_SESSION),
+    (HostRequests::SHARED_OBJECTS, ProtocolFeatures::SHARED_OBJECT),
+];
+
+/// Everything that is implemented for every device. CONFIG only for devices that have a configuration space, others for those that know
+/// what they bring.
+pub(crate) fn protocol_features(has_config: bool, device: HostRequests) -> ProtocolFeatures {
     let always = ProtocolFeatures::MQ
         | ProtocolFeatures::LOG_SHMFD
         | ProtocolFeatures::REPLY_ACK
@@ -31,7 +40,10 @@ pub(crate) fn protocol_features(has_config: bool) -> ProtocolFeatures {
         | ProtocolFeatures::INBAND_NOTIFICATIONS
         | ProtocolFeatures::CONFIGURE_MEM_SLOTS
         | ProtocolFeatures::STATUS;
-    if has_config { always | ProtocolFeatures::CONFIG } else { always }
+    let own =
+        OF_DEVICES.into_iter().filter(|(request, _)| device.contains(*request)).map(|(_, feature)| feature);
+    let config = if has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::empty() };
+    own.fold(always | config, ProtocolFeatures::union)
 }
 
 impl<D: VirtioDevice> Session<'_, D> {
@@ -41,7 +53,7 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     pub(super) fn offered_protocol_features(&self) -> ProtocolFeatures {
         let engine = &self.guest.engine;
-        let features = protocol_features(!engine.config().is_empty());
+        let features = protocol_features(!engine.config().is_empty(), engine.host_requests());
         if engine.can_save() { features | ProtocolFeatures::DEVICE_STATE } else { features }
     }
 
@@ -241,8 +253,13 @@ mod tests {
     #[test]
     fn exactly_what_is_implemented_is_offered() {
         let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
-        assert_eq!(protocol_features(false).bits(), bits(&[0, 1, 3, 5, 13, 14, 15, 16]));
-        assert_eq!(protocol_features(true).bits(), bits(&[0, 1, 3, 5, 9, 13, 14, 15, 16]));
-        assert_eq!(protocol_features(true).unmet(), None);
+        let none = HostRequests::empty();
+        assert_eq!(protocol_features(false, none).bits(), bits(&[0, 1, 3, 5, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(true, none).bits(), bits(&[0, 1, 3, 5, 9, 13, 14, 15, 16]));
+        let all = protocol_features(true, HostRequests::all());
+        assert_eq!(all.bits(), bits(&[0, 1, 2, 3, 4, 5, 7, 9, 13, 14, 15, 16, 18]));
+        assert_eq!(all.unmet(), None);
+        // A display has a socket, and no feature for it.
+        assert_eq!(protocol_features(true, HostRequests::GPU_SOCKET), protocol_features(true, none));
     }
 }

@@ -2,7 +2,7 @@
 use std::io;
 
 use vhost_user::{FrontendCode, ProtocolFeatures};
-use vm_virtio::{ConfigError, FeatureError};
+use vm_virtio::{ConfigError, FeatureError, HostError};
 
 use crate::mapping::MapError;
 use crate::memory::MemoryError;
@@ -62,6 +62,12 @@ pub(crate) enum Refused {
     /// The device's state does not come or go.
     #[error(transparent)]
     Transfer(#[from] TransferError),
+    /// The device does not do it.
+    #[error("the device refuses: {0}")]
+    Device(#[from] HostError),
+    /// The device answered something else.
+    #[error("the device's answer is of another kind")]
+    WrongReply,
     /// Known, but not served.
     #[error("{0:?} is not served")]
     Unsupported(FrontendCode),

@@ -1,13 +1,16 @@
 //! A device for tests: it gives back what it is sent, and does worse things when told to.
 #![allow(unreachable_pub, dead_code, reason = "shared by test crates and an example, none of which uses all")]
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use reactor::Mail;
 use vm_virtio::controls::{Argument, ControlCommand, ControlRequest, Controls, Kind, Property, Value};
 use vm_virtio::device::{
     ConfigWriter, DeviceError, DeviceState, Lane, QueueSpec, StateError, Stop, VirtioDevice, Worker,
 };
-use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, HostError, HostReply, HostRequest, Queue};
+use vm_virtio::{
+    Chain, ConfigSpace, DeviceType, Features, HostError, HostFile, HostReply, HostRequest, HostRequests,
+    Queue,
+};
 
 /// A feature of the device's own.
 pub const FEATURE: Features = Features::from_bits_retain(1 << 5);
@@ -28,6 +31,10 @@ pub mod ask {
     pub const COUNT: u8 = b'N';
     /// Have so many MiB (second byte) of state.
     pub const GROW: u8 = b'G';
+    /// Export an object: sixteen times the second byte.
+    pub const EXPORT: u8 = b'E';
+    /// Withdraw it.
+    pub const WITHDRAW: u8 = b'W';
     /// Wait this many milliseconds (second byte), which no real device may do.
     pub const BLOCK: u8 = b'B';
 }
@@ -39,6 +46,9 @@ pub struct Echo {
     savable: bool,
     /// A number that only control clients care about.
     volume: u64,
+    requests: HostRequests,
+    /// What the host asked for, as text.
+    pub heard: Arc<Mutex<Vec<String>>>,
 }
 
 impl Echo {
@@ -50,12 +60,49 @@ impl Echo {
             lanes: 1,
             savable: false,
             volume: 5,
+            requests: HostRequests::empty(),
+            heard: Arc::default(),
         }
     }
 
     /// With its count of requests as a state that can be saved.
     pub fn savable(self) -> Echo {
         Echo { savable: true, ..self }
+    }
+
+    /// That knows these requests of the host, and writes them down.
+    pub fn host_requests(self, requests: HostRequests, heard: Arc<Mutex<Vec<String>>>) -> Echo {
+        Echo { requests, heard, ..self }
+    }
+
+    fn device_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
+        let mut heard = self.heard.lock().unwrap();
+        match request {
+            HostRequest::Announce(mac) => heard.push(format!("announce {mac:x?}")),
+            HostRequest::NetMtu(mtu) if mtu < 68 => return Err(HostError::Refused("too small".into())),
+            HostRequest::NetMtu(mtu) => heard.push(format!("mtu {mtu}")),
+            HostRequest::GpuSocket(socket) => {
+                rustix::io::write(&socket, b"display")
+                    .map_err(|error| HostError::Failed(std::io::Error::from(error).into()))?;
+                heard.push("gpu".into());
+            }
+            HostRequest::CreateCryptoSession(description) if description[0] == 0 => {
+                return Err(HostError::Refused("no such operation".into()));
+            }
+            HostRequest::CreateCryptoSession(description) => {
+                heard.push(format!("session of {} bytes", description.len()));
+                return Ok(HostReply::CryptoSession(7));
+            }
+            HostRequest::CloseCryptoSession(id) => heard.push(format!("close {id}")),
+            HostRequest::SharedObject(id) if id == [1; 16] => {
+                let (reader, mut writer) = std::io::pipe().unwrap();
+                std::io::Write::write_all(&mut writer, b"object").unwrap();
+                return Ok(HostReply::File(HostFile(reader.into())));
+            }
+            HostRequest::SharedObject(_) => return Err(HostError::Refused("no such object".into())),
+            _ => return Err(HostError::Unsupported),
+        }
+        Ok(HostReply::Done)
     }
 
     /// With more queues and lanes.
@@ -102,6 +149,10 @@ impl VirtioDevice for Echo {
         Ok((0..self.lanes).map(|_| worker()).collect())
     }
 
+    fn host_requests(&self) -> HostRequests {
+        self.requests
+    }
+
     fn controls(&self) -> Controls {
         let by = Argument { name: "by".into(), kind: Kind::ANY_U64, required: true, help: "how much".into() };
         Controls {
@@ -117,7 +168,10 @@ impl VirtioDevice for Echo {
     }
 
     fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
-        let HostRequest::Control(request) = request else { return Err(HostError::Unsupported) };
+        let request = match request {
+            HostRequest::Control(request) => request,
+            other => return self.device_request(other),
+        };
         match request {
             ControlRequest::Get(name) if name == "volume" => Ok(HostReply::Value(Value::U64(self.volume))),
             ControlRequest::Get(_) => Ok(HostReply::Value(Value::Text("echo".into()))),
@@ -206,6 +260,14 @@ impl Worker for EchoWorker {
                 }
                 [ask::GROW, mebibytes, ..] => {
                     self.padding = usize::from(mebibytes) << 20;
+                    answer(queue, chain, &request);
+                }
+                [ask::EXPORT, n, ..] => {
+                    lane.up.export([n; 16]);
+                    answer(queue, chain, &request);
+                }
+                [ask::WITHDRAW, n, ..] => {
+                    lane.up.withdraw([n; 16]);
                     answer(queue, chain, &request);
                 }
                 [ask::COUNT, ..] => answer(queue, chain, &[self.count]),

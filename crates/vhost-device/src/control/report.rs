@@ -120,7 +120,7 @@ pub struct Failures {
     /// 6: queues whose memory was lost.
     #[serde(default)]
     pub memory: u64,
-    /// 7: stops that ended with requests still out.
+    /// 7: stops that ended with requests still out, and translations of an IOMMU that went while requests had them.
     pub stuck: u64,
 }
 

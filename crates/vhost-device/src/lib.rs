@@ -86,6 +86,7 @@ mod daemon;
 mod events;
 mod guest;
 mod inband;
+mod inflight;
 pub mod inherit;
 pub mod listen;
 pub mod logging;

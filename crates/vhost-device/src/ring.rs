@@ -98,6 +98,9 @@ pub(crate) struct Ring {
     pub(crate) addr: Option<VringAddr>,
     /// SET_VRING_BASE.
     pub(crate) position: Position,
+    /// GET_VRING_BASE was answered, with nothing left in flight: a base that is set now is where the ring goes on,
+    /// whatever its in-flight region says.
+    pub(crate) told: bool,
     /// SET_VRING_KICK: present while the ring is started.
     pub(crate) kick: Option<KickFile>,
     /// SET_VRING_CALL.
@@ -120,6 +123,7 @@ impl Default for Ring {
             size: Size::Unset,
             addr: None,
             position: Position::Start,
+            told: false,
             kick: None,
             call: Notify::Unsaid,
             err: Notify::Unsaid,
@@ -254,9 +258,21 @@ impl Ring {
     /// A device reset: stopped, disabled, back to the beginning (VHOST_USER_RESET_DEVICE). What belongs to the
     /// connection rather than to the device's state stays: sizes, addresses, call and error files.
     pub(crate) fn reset(&mut self) {
-        let Ring { size: _, addr: _, position, kick, call: _, err: _, in_band: _, enabled, running, asked } =
-            self;
+        let Ring {
+            size: _,
+            addr: _,
+            position,
+            told,
+            kick,
+            call: _,
+            err: _,
+            in_band: _,
+            enabled,
+            running,
+            asked,
+        } = self;
         *position = Position::Start;
+        *told = false;
         *kick = None;
         *enabled = false;
         *running = None;

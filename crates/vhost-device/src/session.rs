@@ -34,6 +34,7 @@ use vm_virtio::engine::STOP_DEADLINE;
 use vm_virtio::{Features, GuestRam, HostFile, HostReply, HostRequest, WaitFor};
 
 use crate::guest::{Guest, count};
+use crate::inflight::{self, Inflight};
 use crate::listen::Listener;
 use crate::memory::{MEMORY_SLOTS, MemoryTable};
 use crate::ring::Ring;
@@ -114,6 +115,8 @@ pub(crate) struct Session<'g, D: VirtioDevice> {
     reports: VecDeque<IotlbReport>,
     /// Translations that do not allow what a queue wants.
     denied: Vec<u64>,
+    /// SET_INFLIGHT_FD.
+    inflight: Option<Inflight>,
     /// SET_FEATURES, without the protocol's own bit.
     acked: Option<Features>,
     /// Whether bit 30 was acknowledged: rings begin disabled, and SET_VRING_ENABLE rules.
@@ -143,6 +146,7 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
             rings: guest.engine.queues().iter().map(|_| Ring::default()).collect(),
             reports: VecDeque::new(),
             denied: Vec::new(),
+            inflight: None,
             acked: None,
             enable_rules: true,
             transfer: None,
@@ -296,6 +300,15 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                     other => return Err(Refused::ConfigFlags(other)),
                 };
                 engine.write_config(offset, &data, by)?;
+            }
+            R::GetInflightFd(asked) => {
+                let (area, file) = inflight::allocate(asked, self.most_in_flight())?;
+                return Ok(Answer::Inflight(area, file));
+            }
+            R::SetInflightFd(area, file) => {
+                // The last one counts, from the next start of a ring on.
+                let most = self.most_in_flight();
+                self.inflight = Some(Inflight::map(area, &file, most, &self.guest.budget)?);
             }
             R::ResetDevice => self.reset_device().await,
             R::SetStatus(status) => self.set_status(status).await?,

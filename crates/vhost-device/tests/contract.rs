@@ -54,11 +54,11 @@ fn region_of(driver: &VhostUserDriver, at: usize) -> MemoryRegion {
 
 #[test]
 fn protocol_features_come_before_features_and_are_exactly_those_implemented() {
-    for (config, expected) in [(0, 0x1_e02b_u64), (8, 0x1_e22b)] {
+    for (config, expected) in [(0, 0x1_f02b_u64), (8, 0x1_f22b)] {
         let daemon = TestDaemon::with(1, move || Echo::new(config));
         let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
         let offered = endpoint.get_protocol_features().unwrap();
-        // MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14,
+        // MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, INFLIGHT_SHMFD 12, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14,
         // CONFIGURE_MEM_SLOTS 15, STATUS 16.
         assert_eq!(offered.bits(), expected, "{offered:?}");
         endpoint.set_protocol_features(offered).unwrap();

@@ -3,7 +3,7 @@
 //! ```text
 //! connect:  GET_FEATURES, GET/SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_MAX_MEM_SLOTS, SET_OWNER, GET_FEATURES,
 //!           SET_BACKEND_REQ_FD, SET_VRING_CALL, SET_VRING_ERR
-//! start:    SET_FEATURES, status FEATURES_OK, ADD_MEM_REG ... or SET_MEM_TABLE,
+//! start:    SET_FEATURES, GET_INFLIGHT_FD (once), SET_INFLIGHT_FD, status FEATURES_OK, ADD_MEM_REG ... or SET_MEM_TABLE,
 //!           per ring NUM, BASE, ADDR, KICK, CALL; ENABLE; status ACKNOWLEDGE | DRIVER | DRIVER_OK
 //! stop:     per ring ENABLE 0, GET_VRING_BASE
 //! ```
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user::{
     Answer, BackendListener, BackendRequest, Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendEndpoint,
-    IotlbAccess, IotlbChange, IotlbReport, MemoryRegion, MigrationPhase, ProtocolFeatures, TransferDirection,
-    VringAddr,
+    InflightArea, IotlbAccess, IotlbChange, IotlbReport, MemoryRegion, MigrationPhase, ProtocolFeatures,
+    TransferDirection, VringAddr,
 };
 use vm_virtio::{Features, GuestAddress, QueueState, RingPos, Status};
 
@@ -62,7 +62,8 @@ pub const PHYSICAL: u64 = 1 << 32;
 const PAGE: u64 = 0x1000;
 
 impl VhostUserOptions {
-    /// What QEMU would want: everything that is offered. Rings of 64 entries, two regions of 8 MiB.
+    /// What QEMU would want for most devices: everything that is offered, but for in-flight tracking. Rings of 64
+    /// entries, two regions of 8 MiB.
     pub fn new(layout: RingLayout) -> VhostUserOptions {
         VhostUserOptions {
             layout,
@@ -120,6 +121,8 @@ pub struct VhostUserDriver {
     backend_requests: Option<BackendListener>,
     /// Misses that were answered.
     misses: Vec<IotlbReport>,
+    /// What survives the back-end.
+    inflight: Option<(InflightArea, OwnedFd)>,
     lines: Vec<Line>,
 }
 
@@ -161,6 +164,7 @@ impl VhostUserDriver {
             protocol: ProtocolFeatures::empty(),
             backend_requests: None,
             misses: Vec::new(),
+            inflight: None,
             lines: Vec::new(),
         };
         driver.negotiate()?;
@@ -237,6 +241,7 @@ impl VhostUserDriver {
     pub fn start(&mut self) -> Result<(), DriverError> {
         let bit = if self.options.negotiate_protocol { F_PROTOCOL_FEATURES } else { 0 };
         self.endpoint.set_features(self.features.low64() | bit)?;
+        self.share_inflight()?;
         self.add_status(Status::FEATURES_OK)?;
         self.share_memory()?;
         for index in 0..self.lines.len() {
@@ -248,6 +253,26 @@ impl VhostUserDriver {
             }
         }
         self.add_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::DRIVER_OK)
+    }
+
+    /// The buffer of the back-end before this one, if there was one.
+    fn share_inflight(&mut self) -> Result<(), DriverError> {
+        if !self.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD) {
+            return Ok(());
+        }
+        let (area, file) = match self.inflight.take() {
+            Some(inflight) => inflight,
+            // No device has so many queues that this matters.
+            None => self.endpoint.get_inflight_fd(self.lines.len() as u16, self.options.queue_size)?,
+        };
+        self.endpoint.set_inflight_fd(area, file.as_fd())?;
+        self.inflight = Some((area, file));
+        Ok(())
+    }
+
+    /// The buffer of what is in flight: [`VhostUserDriver::start`] hands it over.
+    pub fn inflight(&mut self) -> &mut Option<(InflightArea, OwnedFd)> {
+        &mut self.inflight
     }
 
     fn share_memory(&mut self) -> Result<(), DriverError> {
@@ -425,6 +450,8 @@ impl VhostUserDriver {
         } else if self.protocol.contains(ProtocolFeatures::RESET_DEVICE) {
             self.endpoint.reset_device()?;
         }
+        // As QEMU does it: nothing that was in flight concerns the next driver.
+        self.inflight = None;
         for line in &mut self.lines {
             line.ring.restart();
             line.base = None;

@@ -6,11 +6,13 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
+use reactor::Token;
 use vhost_device::{CommonArgs, Identity};
-use vm_virtio::device::{DeviceError, Lane, QueueSpec, VirtioDevice, Worker};
-use vm_virtio::{ConfigSpace, DeviceType, Features};
+use vm_virtio::device::{DeviceError, Lane, QueueSpec, Stop, VirtioDevice, Worker};
+use vm_virtio::{Chain, ConfigSpace, DeviceType, Features, Queue};
 
 const IDENTITY: Identity = Identity::new("test-disk", "block", env!("CARGO_PKG_VERSION"));
 
@@ -52,40 +54,72 @@ impl VirtioDevice for Disk {
     }
 
     fn workers(&mut self, _: &[reactor::Mail<()>]) -> Result<Vec<Reader>, DeviceError> {
-        Ok(vec![Reader])
+        Ok(vec![Reader::default()])
     }
 }
 
-struct Reader;
+/// Answers are late, and the last request comes first, so that a daemon that is killed has requests out that no index
+/// tells of.
+#[derive(Default)]
+struct Reader {
+    held: Vec<Chain>,
+}
+
+const LATE: Duration = Duration::from_millis(1);
+
+fn answer(queue: &mut Queue, chain: Chain) {
+    let (mut reader, mut writer) = queue.split(&chain);
+    let mut header = [0; 16];
+    let whole = reader.read_exact(&mut header).is_ok();
+    let [a, b, c, d, _, _, _, _, sector @ ..] = header;
+    let mut status = if whole && u32::from_le_bytes([a, b, c, d]) == IN { OK } else { UNSUPP };
+    let mut sector = u64::from_le_bytes(sector);
+    while status == OK && writer.remaining() > 1 {
+        // Each sector is full of the low byte of its number.
+        if sector >= SECTORS || writer.write_all(&[sector.to_le_bytes()[0]; SECTOR]).is_err() {
+            status = IOERR;
+        }
+        sector += 1;
+    }
+    while writer.remaining() > 1 {
+        let rest = usize::try_from(writer.remaining() - 1).unwrap_or(SECTOR).min(SECTOR);
+        writer.write(&[0; SECTOR][..rest]);
+    }
+    let _ = writer.write_all(&[status]);
+    let written = writer.written();
+    queue.add_used(chain, written);
+}
+
+impl Reader {
+    /// Answers all but the oldest ones.
+    fn answer(&mut self, keep: usize, lane: &mut Lane<'_>) {
+        let Some(queue) = lane.queues.get(0) else { return };
+        for chain in self.held.drain(keep.min(self.held.len())..).rev() {
+            answer(queue, chain);
+        }
+        if !self.held.is_empty() {
+            lane.reactor.set_timer(Token::new(0), Instant::now() + LATE);
+        }
+    }
+}
 
 impl Worker for Reader {
     type Msg = ();
 
     fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         let Some(queue) = lane.queues.get(queue) else { return Ok(()) };
-        while let Some(chain) = queue.pop() {
-            let (mut reader, mut writer) = queue.split(&chain);
-            let mut header = [0; 16];
-            let whole = reader.read_exact(&mut header).is_ok();
-            let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-            let mut status = if whole && u32::from_le_bytes([a, b, c, d]) == IN { OK } else { UNSUPP };
-            let mut sector = u64::from_le_bytes(sector);
-            while status == OK && writer.remaining() > 1 {
-                // Each sector is full of the low byte of its number.
-                if sector >= SECTORS || writer.write_all(&[sector.to_le_bytes()[0]; SECTOR]).is_err() {
-                    status = IOERR;
-                }
-                sector += 1;
-            }
-            while writer.remaining() > 1 {
-                let rest = usize::try_from(writer.remaining() - 1).unwrap_or(SECTOR).min(SECTOR);
-                writer.write(&[0; SECTOR][..rest]);
-            }
-            let _ = writer.write_all(&[status]);
-            let written = writer.written();
-            queue.add_used(chain, written);
-        }
+        self.held.extend(queue.iter());
+        self.answer(2, lane);
         Ok(())
+    }
+
+    fn timer(&mut self, _: Token, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        self.answer(0, lane);
+        Ok(())
+    }
+
+    fn queue_stop(&mut self, _: u16, _: Stop, lane: &mut Lane<'_>) {
+        self.answer(0, lane);
     }
 }
 

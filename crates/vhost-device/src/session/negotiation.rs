@@ -39,6 +39,7 @@ pub(crate) fn protocol_features(has_config: bool, device: HostRequests) -> Proto
         | ProtocolFeatures::RESET_DEVICE
         | ProtocolFeatures::INBAND_NOTIFICATIONS
         | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | ProtocolFeatures::INFLIGHT_SHMFD
         | ProtocolFeatures::STATUS;
     let own =
         OF_DEVICES.into_iter().filter(|(request, _)| device.contains(*request)).map(|(_, feature)| feature);
@@ -88,7 +89,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let negotiated = status.contains(Status::FEATURES_OK) && engine.driver_features() != features;
         let broken = status.intersects(Status::DEVICE_NEEDS_RESET | Status::FAILED);
         if (negotiated || broken) && self.is_suspended() {
-            self.guest.reset().await;
+            self.reset().await;
             // Where a ring of the other features stopped means nothing to these.
             for ring in &mut self.rings {
                 if matches!(ring.position, Position::At(_)) {
@@ -146,9 +147,17 @@ impl<D: VirtioDevice> Session<'_, D> {
         in_band.then(|| self.guest.events.waker().clone())
     }
 
+    /// Resets the device, with which nothing is in flight any more.
+    async fn reset(&mut self) {
+        self.guest.reset().await;
+        if let Some(inflight) = &self.inflight {
+            inflight.clear_all();
+        }
+    }
+
     /// RESET_DEVICE and SET_STATUS(0).
     pub(super) async fn reset_device(&mut self) {
-        self.guest.reset().await;
+        self.reset().await;
         for ring in &mut self.rings {
             ring.reset();
             // Without bit 30 there is no message that would enable it again.
@@ -186,6 +195,10 @@ impl<D: VirtioDevice> Session<'_, D> {
     pub(super) async fn notice_new_driver(&mut self, at: usize) {
         let packed = self.packed();
         let (Some(acked), Some(ring)) = (self.acked, self.rings.get(at)) else { return };
+        // A ring that has an in-flight region goes on where that says, wherever the front-end believes it to be.
+        if self.inflight.as_ref().is_some_and(|inflight| !inflight.is_fresh(at)) {
+            return;
+        }
         let Ok(config) = ring.place(&self.memory, packed) else { return };
         let Ok(start) = ring.state(&config, self.memory.ram(), packed) else { return };
         let begins = start.is_none_or(|state| state == QueueState::new());
@@ -204,7 +217,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             self.halt(*other).await;
         }
         let status = self.guest.status() - Status::DEVICE_NEEDS_RESET;
-        self.guest.reset().await;
+        self.reset().await;
         let engine = &self.guest.engine;
         // What the front-end has chosen since holds on.
         if let Err(error) = engine.set_driver_features(acked) {
@@ -248,16 +261,16 @@ impl<D: VirtioDevice> Session<'_, D> {
 mod tests {
     use super::*;
 
-    /// MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, RESET_DEVICE 13, INBAND_NOTIFICATIONS 14, CONFIGURE_MEM_SLOTS 15,
-    /// STATUS 16.
+    /// MQ 0, LOG_SHMFD 1, REPLY_ACK 3, BACKEND_REQ 5, CONFIG 9, INFLIGHT_SHMFD 12, RESET_DEVICE 13,
+    /// INBAND_NOTIFICATIONS 14, CONFIGURE_MEM_SLOTS 15, STATUS 16.
     #[test]
     fn exactly_what_is_implemented_is_offered() {
         let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
         let none = HostRequests::empty();
-        assert_eq!(protocol_features(false, none).bits(), bits(&[0, 1, 3, 5, 13, 14, 15, 16]));
-        assert_eq!(protocol_features(true, none).bits(), bits(&[0, 1, 3, 5, 9, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(false, none).bits(), bits(&[0, 1, 3, 5, 12, 13, 14, 15, 16]));
+        assert_eq!(protocol_features(true, none).bits(), bits(&[0, 1, 3, 5, 9, 12, 13, 14, 15, 16]));
         let all = protocol_features(true, HostRequests::all());
-        assert_eq!(all.bits(), bits(&[0, 1, 2, 3, 4, 5, 7, 9, 13, 14, 15, 16, 18]));
+        assert_eq!(all.bits(), bits(&[0, 1, 2, 3, 4, 5, 7, 9, 12, 13, 14, 15, 16, 18]));
         assert_eq!(all.unmet(), None);
         // A display has a socket, and no feature for it.
         assert_eq!(protocol_features(true, HostRequests::GPU_SOCKET), protocol_features(true, none));

@@ -4,6 +4,7 @@ use std::io;
 use vhost_user::{FrontendCode, ProtocolFeatures};
 use vm_virtio::{ConfigError, FeatureError, HostError};
 
+use crate::inflight::InflightFault;
 use crate::mapping::MapError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
@@ -47,6 +48,9 @@ pub(crate) enum Refused {
     /// Nobody could translate.
     #[error("VIRTIO_F_ACCESS_PLATFORM needs {BACKEND_REQ:?}")]
     NoTranslations,
+    /// The in-flight buffer is not acceptable.
+    #[error(transparent)]
+    Inflight(#[from] InflightFault),
     /// Outside of the configuration space.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -84,6 +88,14 @@ impl Refused {
     /// have. Everything else shows by itself: a ring that does not run, and its error file.
     pub(crate) fn desyncs(&self) -> bool {
         use Refused as R;
-        matches!(self, R::Features(_) | R::NotOffered(_) | R::Unmet(..) | R::Memory(_) | R::NoTranslations)
+        matches!(
+            self,
+            R::Features(_)
+                | R::NotOffered(_)
+                | R::Unmet(..)
+                | R::Memory(_)
+                | R::NoTranslations
+                | R::Inflight(_)
+        )
     }
 }

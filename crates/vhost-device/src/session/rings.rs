@@ -6,6 +6,7 @@ use vm_virtio::device::{Stop, VirtioDevice};
 use vm_virtio::{QueueStart, QueueState, StartError, StopError};
 
 use super::{Refused, Session};
+use crate::inflight::Most;
 use crate::ring::{KickFile, Notify, Position, RingError, Size};
 
 impl<D: VirtioDevice> Session<'_, D> {
@@ -65,6 +66,9 @@ impl<D: VirtioDevice> Session<'_, D> {
             return Err(Refused::Base { index, base });
         }
         self.rings[at].position = Position::Base(base);
+        if let (true, Some(inflight)) = (self.rings[at].told, &self.inflight) {
+            inflight.clear(at);
+        }
         Ok(())
     }
 
@@ -79,6 +83,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             self.remember(at as u16, packed);
         }
         let ring = &mut self.rings[at];
+        ring.told = ran && matches!(&ring.position, Position::At(state) if state.avail == state.used);
         let base = ring.base(packed);
         ring.position = Position::Base(base);
         ring.kick = None;
@@ -180,7 +185,8 @@ impl<D: VirtioDevice> Session<'_, D> {
         let call = ring.call(in_band.as_ref());
         let Some(kick) = &ring.kick else { return Err(RingError::Incomplete) };
         let queue = at as u16;
-        let start = QueueStart { config, state, inflight: None, kick: kick.for_engine()?, call };
+        let inflight = self.inflight.as_ref().and_then(|inflight| inflight.region(at));
+        let start = QueueStart { config, state, inflight, kick: kick.for_engine()?, call };
         let engine = &self.guest.engine;
         // A reset has disabled it in the engine.
         engine.enable(queue, ring.enabled).await;
@@ -188,6 +194,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             Ok(()) => {
                 self.rings[at].running = Some(config);
                 self.rings[at].asked = None;
+                self.rings[at].told = false;
                 Ok(())
             }
             Err(error @ (StartError::Queue(_) | StartError::Kick(_) | StartError::TooLarge { .. })) => {
@@ -198,6 +205,12 @@ impl<D: VirtioDevice> Session<'_, D> {
                 Err(error.into())
             }
         }
+    }
+
+    /// What an in-flight buffer of this device can hold.
+    pub(super) fn most_in_flight(&self) -> Most {
+        let queues = self.guest.engine.queues();
+        Most { queues: queues.len(), size: queues.iter().map(|spec| spec.max_size).max().unwrap_or(0) }
     }
 
     /// Stops a ring if it runs, in order to change something or for good; requests that were taken are finished.

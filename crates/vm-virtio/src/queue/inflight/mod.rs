@@ -102,6 +102,18 @@ impl InflightRegion {
         Err(InflightError::Place)
     }
 
+    /// Whether there is nothing in it.
+    pub fn is_fresh(&self) -> bool {
+        table::version_word(self).is_none_or(|word| table::field(word.load(), 0) == 0)
+    }
+
+    /// Makes it one without contents. No queue that runs may have it.
+    pub fn clear(&self) {
+        if let Some(word) = table::version_word(self) {
+            word.store(0);
+        }
+    }
+
     /// How many bytes a queue of this many entries needs, in either layout; a multiple of 64.
     pub const fn bytes_for(size: u16) -> usize {
         (32 + 32 * size as usize).next_multiple_of(64)

@@ -68,6 +68,14 @@ impl<const HEADER: usize, const ENTRY: usize> Table<HEADER, ENTRY> {
     }
 }
 
+/// The word of the header that has the version, in both formats.
+pub(super) fn version_word(region: &InflightRegion) -> Option<&Word> {
+    let at = region.memory.as_ptr().wrapping_add(region.offset).wrapping_add(8);
+    // SAFETY: a region has a header of two words at least, within memory that it keeps, and is aligned to them
+    // (`InflightRegion::new`); atomics may be shared.
+    (region.len >= 16).then(|| unsafe { &*at.cast() })
+}
+
 /// Sixteen bits of a word.
 pub(super) fn field(word: u64, at: u32) -> u16 {
     (word >> at) as u16

@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p backplane-bench --bench rings`: criterion's statistics of each cell, then a table of medians and
 //! ratios from rounds in which the variants take turns. `-- --quick`: a short table only, to see that it runs.
-//! `-- --table`: the table only. `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
+//! `-- --table`: the table only. `-- --fastest`: each cell's fastest laps, for a busy machine, and in-flight tracking.
+//! `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
 #![allow(missing_docs, reason = "a benchmark has no interface")]
 #![allow(unreachable_pub, reason = "a benchmark has no interface")]
 mod bare;
@@ -172,6 +173,40 @@ fn one(arguments: &[String]) {
     println!("{:.2} ns", nanoseconds((time, chains)));
 }
 
+/// The fastest laps of all rows, with what in-flight tracking adds to ours: medians of several sets of memory.
+fn fastest() {
+    println!("nanoseconds a chain, fastest laps: bare, ours, ours with in-flight tracking\n");
+    for packed in [false, true] {
+        for row in &ROWS {
+            let mut found: [Vec<f64>; 3] = Default::default();
+            for set in 0..8 {
+                let displaced = vec![0u8; set * 1040];
+                let mut variants = variants(row, packed, 1);
+                std::hint::black_box(&displaced);
+                let guest = Guest::new(1, row.shape, packed);
+                let tracked = Ours::tracked(&guest);
+                variants.truncate(2);
+                variants.push(("tracked", Box::new(Bench::new(guest, tracked, row))));
+                let mut least = [f64::INFINITY; 3];
+                for _ in 0..20 {
+                    for (least, (_, variant)) in least.iter_mut().zip(&mut variants) {
+                        *least = least.min(variant.fastest(100));
+                    }
+                }
+                found.iter_mut().zip(least).for_each(|(found, least)| found.push(least));
+            }
+            let [bare, ours, tracked] = found.map(|mut values| median(&mut values));
+            let layout = if packed { "packed" } else { "split" };
+            println!(
+                "| {:<31} | {layout:<6} | {bare:6.1} | {ours:6.1} ({:.2}) | {tracked:6.1} (+{:.1}) |",
+                row.name,
+                ours / bare,
+                tracked - ours
+            );
+        }
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if let Some(at) = arguments.iter().position(|argument| argument == "--one") {
@@ -182,6 +217,9 @@ fn main() {
     if has("--quick") {
         table(&Effort { sets: 2, rounds: 5, chains: 2_000 });
         return;
+    }
+    if has("--fastest") {
+        return fastest();
     }
     if !has("--table") {
         statistics();

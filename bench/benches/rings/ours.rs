@@ -1,5 +1,8 @@
 //! Our queue, as a device and the lane runtime use it.
-use vm_virtio::{Chain, Features, GuestRam, Queue, QueueConfig};
+use std::sync::Arc;
+
+use vm_virtio::memory::SharedMemory;
+use vm_virtio::{Chain, Features, GuestRam, InflightRegion, Queue, QueueConfig};
 
 use crate::guest::{DESC, DEVICE, DRIVER, Guest, SIZE};
 use crate::rows::Device;
@@ -8,6 +11,17 @@ pub struct Ours(Queue);
 
 impl Ours {
     pub fn new(guest: &Guest) -> Ours {
+        Ours::with(guest, None)
+    }
+
+    /// With in-flight tracking.
+    pub fn tracked(guest: &Guest) -> Ours {
+        let len = InflightRegion::bytes_for(SIZE);
+        let memory = Arc::new(SharedMemory::private(len));
+        Ours::with(guest, Some(InflightRegion::new(memory, 0, len).expect("a region")))
+    }
+
+    fn with(guest: &Guest, region: Option<InflightRegion>) -> Ours {
         let config = QueueConfig {
             size: SIZE,
             desc: vm_memory::GuestAddress(DESC),
@@ -19,7 +33,7 @@ impl Ours {
             features |= Features::RING_PACKED;
         }
         let ram = GuestRam::new(&guest.memory);
-        Ours(Queue::new(config, &ram, features, None).expect("a queue"))
+        Ours(Queue::tracked(config, &ram, features, None, region.as_ref()).expect("a queue"))
     }
 }
 

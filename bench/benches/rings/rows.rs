@@ -113,6 +113,8 @@ pub const ROWS: [Row; 9] = [
 pub trait Run {
     /// Time of that many chains, at least.
     fn run(&mut self, chains: u64) -> (Duration, u64);
+    /// The fastest of so many laps, in nanoseconds a chain: also says something on a machine that has other things to do.
+    fn fastest(&mut self, laps: u32) -> f64;
 }
 
 pub struct Bench<D: Device> {
@@ -227,5 +229,13 @@ impl<D: Device> Run for Bench<D> {
             done += count;
         }
         (time, done)
+    }
+
+    fn fastest(&mut self, laps: u32) -> f64 {
+        let lap = |_| {
+            let (time, chains) = self.lap();
+            time.as_nanos() as f64 / chains as f64
+        };
+        (0..laps).map(lap).fold(f64::INFINITY, f64::min)
     }
 }

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
+use vm_virtio::memory::SharedMemory;
 use vm_virtio::{
     Call, Chain, DeviceError, DeviceType, Engine, EngineOptions, Features, GuestRam, HostEvent, HostEvents,
-    Interrupt, Kick, Lane, LaneRunner, Queue, QueueConfig, QueueSpec, QueueStart, StartError, Status, Stop,
-    Ticket, VirtioDevice, WaitFor, Worker,
+    InflightRegion, Interrupt, Kick, Lane, LaneRunner, Queue, QueueConfig, QueueSpec, QueueStart, StartError,
+    Status, Stop, Ticket, VirtioDevice, WaitFor, Worker,
 };
 
 type Ready = Box<dyn FnMut(u16, &mut Lane<'_>) -> Result<(), DeviceError> + Send>;
@@ -313,6 +314,53 @@ fn a_queue_does_not_start_while_a_reset_is_under_way() {
         std::thread::sleep(Duration::from_millis(10));
     }
     panic!("the reset does not end, three seconds after its deadline");
+}
+
+/// A queue that goes on where another one was killed, stopped before it had a turn: what it knows to be in flight is
+/// finished like what it took itself. The ring's position alone would not bring it back.
+#[test]
+fn inflight_requests_are_finished_when_the_queue_stops_at_once() {
+    let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
+    let keep = held.clone();
+    let ready = move |q, lane: &mut Lane<'_>| {
+        let queue = lane.queues.get(q).unwrap();
+        match q {
+            0 => keep.lock().unwrap().extend(queue.iter()),
+            _ => {
+                while let Some(chain) = queue.pop() {
+                    queue.add_used(chain, 8);
+                }
+            }
+        }
+        Ok(())
+    };
+    let mut r = rig(worker(Box::new(ready)), 8, Duration::ZERO);
+    r.up(vec![]);
+    let memory = Arc::new(SharedMemory::private(InflightRegion::bytes_for(8)));
+    // Both have the same ring. The first one never comes to an end.
+    let start = |r: &Rig, queue| {
+        let region = InflightRegion::new(memory.clone(), 0, memory.len()).unwrap();
+        let (config, kick) = (r.rings[0].queue_config(), Kick::Manual);
+        let start = QueueStart { config, state: None, inflight: Some(region), kick, call: None };
+        (r.engine.start(queue, start), r.engine.enable(queue, true))
+    };
+    let (started, _) = start(&r, 0);
+    r.done(started).unwrap().unwrap();
+    let buffers: Vec<_> = (0..3).map(|_| r.ram.writable(8)).collect();
+    for buffer in &buffers[..2] {
+        r.rings[0].add(&[*buffer]);
+    }
+    r.engine.kick(0);
+    r.step();
+    assert_eq!(held.lock().unwrap().len(), 2);
+    // New, and none of its business any more.
+    r.rings[0].add(&[buffers[2]]);
+    let (started, _) = start(&r, 1);
+    let stopped = r.engine.stop(1, Stop::Drain, None);
+    let state = r.done(stopped).unwrap().unwrap();
+    assert!(started.wait().is_ok());
+    assert_eq!((state.avail.index, state.used.index, state.held.len()), (2, 2, 0));
+    assert_eq!(r.rings[0].drain().len(), 2);
 }
 
 #[test]

@@ -202,11 +202,20 @@ impl<D: VirtioDevice> Engine<D> {
         let core = self.0.clone();
         let collected: Arc<Mutex<Collected>> = Arc::default();
         let lanes = collected.clone();
+        let result: Arc<Mutex<Option<Result<Vec<u8>, SnapshotError>>>> = Arc::default();
+        let outcome = result.clone();
         let agenda = move |workers: &mut [D::Worker], _| {
             let collected = std::mem::take(&mut *lanes.lock().unwrap_or_else(PoisonError::into_inner));
-            done.complete(core.collect(workers, collected));
+            let saved = core.collect(workers, collected);
+            *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         };
-        let meeting = Arc::new(Meeting::new(self.0.lanes.clone(), Box::new(agenda), Box::new(|| {}), false));
+        // Not before the workers are on their way home: who saves again at once has to find them there.
+        let afterwards = move || {
+            let result = result.lock().unwrap_or_else(PoisonError::into_inner).take();
+            done.complete(result.unwrap_or(Err(SnapshotError::Panicked)));
+        };
+        let meeting =
+            Arc::new(Meeting::new(self.0.lanes.clone(), Box::new(agenda), Box::new(afterwards), false));
         for lane in &self.0.lanes {
             lane.send(Command::Save { meeting: meeting.clone(), collected: collected.clone() });
         }

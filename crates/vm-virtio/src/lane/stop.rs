@@ -2,10 +2,10 @@
 use super::command::Meeting;
 use super::ring::{Asked, Kick, Stopping};
 use super::{DEADLINE, LaneRunner, StopError};
-use crate::QueueState;
 use crate::device::{Stop, Worker};
 use crate::engine::QueueResetError;
 use crate::ticket::Completer;
+use crate::{Queue, QueueState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -56,6 +56,12 @@ impl<W: Worker> LaneRunner<W> {
     fn stop_ring(&mut self, at: usize, stopping: Stopping) {
         let how = stopping.how;
         let number = self.rings[at].index;
+        if how == Stop::Drain && self.serves(at) && self.queue(at).is_some_and(|queue| queue.resubmits()) {
+            // What a killed predecessor had: finished like what was taken here. Who only keeps the ring's position would
+            // never see it again.
+            self.queue(at).into_iter().for_each(Queue::finish_again);
+            self.enter(|worker, lane| worker.queue_ready(number, lane));
+        }
         self.rings[at].stopping = Some(stopping);
         self.regate(at);
         if let (Stop::Discard, Some(queue)) = (how, self.queue(at)) {

@@ -41,8 +41,15 @@ impl Again {
 
 impl Queue {
     /// Chains that are to be popped once more.
-    pub(in super::super) fn resubmits(&self) -> bool {
+    pub(crate) fn resubmits(&self) -> bool {
         self.again.as_ref().is_some_and(|again| !again.pending.is_empty())
+    }
+
+    /// For the lane runtime, before it drains a queue: pops those, and nothing new, until the queue is closed.
+    pub(crate) fn finish_again(&mut self) {
+        let pending = self.again.as_ref().map_or(0, |again| again.pending.len());
+        self.allowed = self.arena.popped() + pending as u64;
+        self.limit = 0;
     }
 
     /// A pop beyond the limit: of a chain that was in flight before, if there is one and the true limit allows it.

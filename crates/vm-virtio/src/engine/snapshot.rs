@@ -172,6 +172,9 @@ impl SavedQueue {
     }
 }
 
+/// The outcome of a save: the state's bytes.
+type Saved = Result<Vec<u8>, SnapshotError>;
+
 /// The outcome of a restore: the queues that ran.
 type Restored = Result<Vec<SavedQueue>, SnapshotError>;
 
@@ -202,7 +205,7 @@ impl<D: VirtioDevice> Engine<D> {
         let core = self.0.clone();
         let collected: Arc<Mutex<Collected>> = Arc::default();
         let lanes = collected.clone();
-        let result: Arc<Mutex<Option<Result<Vec<u8>, SnapshotError>>>> = Arc::default();
+        let result: Arc<Mutex<Option<Saved>>> = Arc::default();
         let outcome = result.clone();
         let agenda = move |workers: &mut [D::Worker], _| {
             let collected = std::mem::take(&mut *lanes.lock().unwrap_or_else(PoisonError::into_inner));

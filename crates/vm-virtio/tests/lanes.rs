@@ -317,9 +317,16 @@ fn a_queue_does_not_start_while_a_reset_is_under_way() {
 }
 
 /// A queue that goes on where another one was killed, stopped before it had a turn: what it knows to be in flight is
-/// finished like what it took itself. The ring's position alone would not bring it back.
+/// finished like what it took itself. The ring's position alone would not bring it back. Most front-ends disable a ring
+/// before they stop it.
 #[test]
 fn inflight_requests_are_finished_when_the_queue_stops_at_once() {
+    for disabled in [false, true] {
+        inflight_requests_are_finished(disabled);
+    }
+}
+
+fn inflight_requests_are_finished(disabled: bool) {
     let held: Arc<Mutex<Vec<Chain>>> = Arc::default();
     let keep = held.clone();
     let ready = move |q, lane: &mut Lane<'_>| {
@@ -356,6 +363,9 @@ fn inflight_requests_are_finished_when_the_queue_stops_at_once() {
     // New, and none of its business any more.
     r.rings[0].add(&[buffers[2]]);
     let (started, _) = start(&r, 1);
+    if disabled {
+        r.engine.enable(1, false);
+    }
     let stopped = r.engine.stop(1, Stop::Drain, None);
     let state = r.done(stopped).unwrap().unwrap();
     assert!(started.wait().is_ok());

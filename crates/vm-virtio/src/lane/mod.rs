@@ -569,10 +569,15 @@ impl<W: Worker> LaneRunner<W> {
 
     /// Whether the queue may pop now.
     fn serves(&self, at: usize) -> bool {
+        self.finishes(at) && self.rings.get(at).is_some_and(Ring::may_serve)
+    }
+
+    /// Whether the queue may finish what was taken before.
+    fn finishes(&self, at: usize) -> bool {
         self.live
             && !self.failed
             && !self.pause.asked()
-            && self.rings.get(at).is_some_and(Ring::may_serve)
+            && self.rings.get(at).is_some_and(Ring::may_finish)
             && self.queues.slots.get(at).is_some_and(|(_, queue)| queue.is_some())
     }
 

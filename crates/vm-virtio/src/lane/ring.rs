@@ -217,7 +217,12 @@ impl Ring {
 
     /// Whether nothing but the device's state keeps the ring from being served.
     pub(super) fn may_serve(&self) -> bool {
-        self.enabled && !self.faulted && self.stopping.is_none() && self.moving.is_none()
+        self.enabled && self.may_finish()
+    }
+
+    /// The same for what was taken before: a ring that is disabled takes nothing new, but finishes.
+    pub(super) fn may_finish(&self) -> bool {
+        !self.faulted && self.stopping.is_none() && self.moving.is_none()
     }
 }
 

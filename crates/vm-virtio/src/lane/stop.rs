@@ -56,9 +56,9 @@ impl<W: Worker> LaneRunner<W> {
     fn stop_ring(&mut self, at: usize, stopping: Stopping) {
         let how = stopping.how;
         let number = self.rings[at].index;
-        if how == Stop::Drain && self.serves(at) && self.queue(at).is_some_and(|queue| queue.resubmits()) {
-            // What a killed predecessor had: finished like what was taken here. Who only keeps the ring's position would
-            // never see it again.
+        if how == Stop::Drain && self.finishes(at) && self.queue(at).is_some_and(|queue| queue.resubmits()) {
+            // What a killed predecessor had: finished like what was taken here, even if the front-end has disabled the ring
+            // by now, as most do before they stop one. Who only keeps the ring's position would never see it again.
             self.queue(at).into_iter().for_each(Queue::finish_again);
             self.enter(|worker, lane| worker.queue_ready(number, lane));
         }

@@ -364,7 +364,7 @@ fn inflight_requests_are_finished(disabled: bool) {
     r.rings[0].add(&[buffers[2]]);
     let (started, _) = start(&r, 1);
     if disabled {
-        r.engine.enable(1, false);
+        drop(r.engine.enable(1, false));
     }
     let stopped = r.engine.stop(1, Stop::Drain, None);
     let state = r.done(stopped).unwrap().unwrap();

@@ -3,8 +3,9 @@
 //! The two never share a lock: a worker lives on the thread of its lane; the device is entered by the control side
 //! only. They meet when every queue is stopped ([`VirtioDevice::reset`]), and talk through mailboxes otherwise.
 use crate::controls::Controls;
+use crate::delegated::{Change, QueueParts, Waiting};
 use crate::host_request::{HostError, HostReply, HostRequest, HostRequests, ObjectId};
-use crate::{ConfigSpace, DeviceType, Features, Queue, Status};
+use crate::{ConfigSpace, DeviceType, Features, Queue, QueueState, Status};
 pub use device_state::{Section as DeviceState, StateError};
 use reactor::{Mail, Reactor, Readiness, Token};
 use std::fmt;
@@ -78,9 +79,30 @@ pub struct Session {
 /// The queues of a lane. One that is not started is not there.
 pub struct Queues {
     pub(crate) slots: Vec<(u16, Option<Queue>)>,
+    /// Given back by whoever served them elsewhere.
+    pub(crate) returned: Vec<(u16, QueueState)>,
+    /// Broken, as whoever serves them elsewhere says.
+    pub(crate) broken: Vec<u16>,
 }
 
 impl Queues {
+    pub(crate) fn new(numbers: impl Iterator<Item = u16>) -> Queues {
+        let slots = numbers.map(|number| (number, None)).collect();
+        Queues { slots, returned: Vec::new(), broken: Vec::new() }
+    }
+
+    /// A queue that was [delegated](Worker::queue_delegated) is not served any more: it got so far. The answer to
+    /// [`Worker::queue_stop`]. `held` has to be empty.
+    pub fn give_back(&mut self, queue: u16, state: QueueState) {
+        self.returned.push((queue, state));
+    }
+
+    /// Whoever serves a [delegated](Worker::queue_delegated) queue says that its rules were broken: it stops (failure
+    /// policy 1), and [`Worker::queue_stop`] follows.
+    pub fn broken(&mut self, queue: u16) {
+        self.broken.push(queue);
+    }
+
     /// The queue of that number, if this lane serves it and it is started.
     #[inline]
     pub fn get(&mut self, queue: u16) -> Option<&mut Queue> {
@@ -143,6 +165,12 @@ impl Upcall {
         }
     }
 
+    /// The device cannot go on, though its workers do: DEVICE_NEEDS_RESET is set and the driver told (2.1.2). For what
+    /// concerns one request, answer that request instead.
+    pub fn needs_reset(&self, reason: impl Into<String>) {
+        self.shared.needs_reset(reason.into());
+    }
+
     /// Other devices of the VM may ask for this object: [`HostRequest::SharedObject`] brings its file. Holds over resets,
     /// until it is [withdrawn](Upcall::withdraw). Only for devices with [`HostRequests::SHARED_OBJECTS`].
     pub fn export(&self, object: ObjectId) {
@@ -175,6 +203,12 @@ pub trait VirtioDevice: Send + 'static {
 
     /// The device's own feature bits; bits of rings and negotiation belong to the host. Constant.
     fn features(&self) -> Features;
+
+    /// What it leaves to its host to offer and can work with, of [`Features::RING`] and [`Features::CARRIED`]: all of it,
+    /// unless its queues are [delegated](Worker::DELEGATES) to somebody who can less. Constant.
+    fn ring_features(&self) -> Features {
+        Features::RING | Features::CARRIED
+    }
 
     /// Whether the device can work with this negotiated set; asked when the driver writes FEATURES_OK. Bits that were
     /// not offered are refused before.
@@ -259,6 +293,9 @@ pub trait Worker: Send + 'static {
     /// What its mailbox carries.
     type Msg: Send + 'static;
 
+    /// Whether its queues are served elsewhere: see [`crate::delegated`]. Then [`Worker::queue_ready`] is never called.
+    const DELEGATES: bool = false;
+
     /// Once, on the lane's thread, before anything else.
     fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         let _ = lane;
@@ -275,8 +312,32 @@ pub trait Worker: Send + 'static {
     /// Comes at least once after each of these; may come when there is nothing.
     fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError>;
 
+    /// With [`Worker::DELEGATES`]: the queue was started, or its device resumed. From here on, and once the device is
+    /// [activated](Worker::activated), whoever the worker hands it to serves it, until [`Worker::queue_stop`].
+    fn queue_delegated(
+        &mut self,
+        queue: u16,
+        parts: QueueParts,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
+        let _ = (queue, parts, lane);
+        Ok(())
+    }
+
+    /// With [`Worker::DELEGATES`]: something else is to be used from here on. The host waits until `waiting` is dropped.
+    fn delegation_changed(
+        &mut self,
+        change: Change,
+        waiting: Waiting,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
+        let _ = (change, waiting, lane);
+        Ok(())
+    }
+
     /// The queue is being stopped: it pops nothing from here on. It is stopped when no chain is out any more, so
-    /// a worker that keeps chains gives them back now or when they are done.
+    /// a worker that keeps chains gives them back now or when they are done. A delegated one is stopped when it is
+    /// [given back](Queues::give_back).
     fn queue_stop(&mut self, queue: u16, how: Stop, lane: &mut Lane<'_>) {
         let _ = (queue, how, lane);
     }

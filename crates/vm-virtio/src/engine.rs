@@ -18,7 +18,7 @@ mod snapshot;
 mod suspend;
 
 use crate::controls::Controls;
-use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice};
+use crate::device::{ConfigWriter, DeviceError, HostEvents, QueueSpec, Session, Stop, VirtioDevice, Worker};
 use crate::host_request::{HostError, HostReply, HostRequest, HostRequests};
 use crate::lane::{
     Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, QueueStats,
@@ -141,7 +141,8 @@ pub struct QueueStart {
     /// Where it continues; none: from the beginning.
     pub state: Option<QueueState>,
     /// Where it keeps what is in flight, so that a successor of this process takes it again; what a predecessor has
-    /// left there comes first. No other queue that runs may have it.
+    /// left there comes first. No other queue that runs may have it. Not for queues that are
+    /// [delegated](crate::Worker::DELEGATES): who serves them keeps that, too.
     pub inflight: Option<InflightRegion>,
     /// How kicks come in.
     pub kick: Kick,
@@ -187,7 +188,8 @@ impl<D: VirtioDevice> Engine<D> {
             return Err(EngineError::Description(format!("nothing here serves {excess:?}")));
         }
         // 6.2: VERSION_1 must be offered, whatever is withheld. 2.2 gives bit 41 to devices, 6 to the admin queue.
-        let all = (own | Features::RING | options.carried) - Features::ADMIN_VQ;
+        let rings = (Features::RING | options.carried) & device.ring_features();
+        let all = (own | rings) - Features::ADMIN_VQ;
         let offered = (all - options.without) | Features::VERSION_1;
         let specs = device.queues(offered);
         let count = check_specs(&specs)?;
@@ -420,12 +422,17 @@ impl<D: VirtioDevice> Engine<D> {
             // The lanes wait for the queues that were there when it began.
             return Ticket::ready(Err(StartError::Resetting));
         }
+        if <D::Worker as Worker>::DELEGATES
+            && start.state.as_ref().is_some_and(|state| !state.held.is_empty())
+        {
+            return Ticket::ready(Err(QueueError::State("chains that are out cannot be delegated").into()));
+        }
         let ring = match Queue::tracked(
             start.config,
             &control.ram,
             control.driver,
             start.state,
-            start.inflight.as_ref(),
+            start.inflight.as_ref().filter(|_| !<D::Worker as Worker>::DELEGATES),
         ) {
             Ok(ring) => Box::new(ring),
             // Nobody's mistake: the host asks for the translation and tries again.

@@ -10,6 +10,7 @@
 //! | [`memory`] | [`GuestRam`]: an immutable snapshot of guest memory, volatile segments |
 //! | [`queue`] | [`Queue`]: split and packed virtqueues, chains, readers and writers |
 //! | [`device`] | [`VirtioDevice`], [`Worker`]: what a device writes |
+//! | [`delegated`] | queues that another process or the kernel serves |
 //! | [`lane`] | [`LaneRunner`]: kicks, publishing, arming, budgets, faults of a set of queues |
 //! | [`limit`] | [`RateLimit`](limit::RateLimit): bytes and operations in a period |
 //! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
@@ -18,6 +19,7 @@
 
 pub mod config;
 pub mod controls;
+pub mod delegated;
 pub mod device;
 pub mod engine;
 pub mod features;

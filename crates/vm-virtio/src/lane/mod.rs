@@ -12,6 +12,7 @@
 //! * The worker is called through `LaneRunner::enter` only: its errors and panics end there and fail this lane
 //!   (failure policy 5), not the thread.
 mod command;
+mod delegated;
 mod iommu;
 mod pool;
 mod ring;
@@ -28,6 +29,7 @@ pub(crate) use suspend::{By, Gathering};
 pub(crate) use tally::QueueTotals;
 pub use tally::{LATENCY_BUCKETS, Latency, QueueStats};
 
+use crate::delegated::Change;
 use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
 use crate::{DirtyLog, GuestRam, Queue, Status};
 use reactor::{Event, Inbox, Interest, Reactor, SpinPolicy, Spinner, Token};
@@ -175,7 +177,7 @@ impl<W: Worker> LaneRunner<W> {
             orders: parts.orders,
             mail: parts.mail,
             worker: Some(parts.worker),
-            queues: Queues { slots: parts.queues.iter().map(|(queue, _)| (*queue, None)).collect() },
+            queues: Queues::new(parts.queues.iter().map(|(queue, _)| *queue)),
             rings: parts.queues.iter().map(|(queue, totals)| Ring::new(*queue, totals.clone())).collect(),
             up: Upcall { shared: parts.shared },
             log: None,
@@ -270,6 +272,7 @@ impl<W: Worker> LaneRunner<W> {
         if !self.at_rest() {
             self.publish();
         }
+        self.take_back();
         self.find_misses();
         self.find_faults();
         self.progress_moves();
@@ -386,6 +389,13 @@ impl<W: Worker> LaneRunner<W> {
                 self.mail_waiting = true;
                 true
             }
+            Event::Ready { token, .. } if token.is_host() && W::DELEGATES => {
+                // An interrupt on its way to a host without a file for it.
+                if let Some(at) = self.rings.iter().position(|ring| u32::from(ring.index) == token.number()) {
+                    self.signal_unheard(at);
+                }
+                true
+            }
             Event::Ready { token, .. } if token.is_host() => {
                 if let Some(ring) = self.rings.iter_mut().find(|ring| u32::from(ring.index) == token.number())
                 {
@@ -434,6 +444,7 @@ impl<W: Worker> LaneRunner<W> {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].enabled = on;
                     self.regate(at);
+                    return self.pass_on_of(at, Change::Enabled { queue, on }, done);
                 }
                 done.complete(());
             }
@@ -444,6 +455,9 @@ impl<W: Worker> LaneRunner<W> {
                     // Also while the ring is disabled: it completes what is out.
                     if self.queue(at).is_some() {
                         self.signal_unheard(at);
+                    }
+                    if self.is_away(at) {
+                        return self.pass_on_call(at, done);
                     }
                 }
                 done.complete(());
@@ -458,6 +472,9 @@ impl<W: Worker> LaneRunner<W> {
             Command::Memory { ram, wait, done } => {
                 for at in 0..self.rings.len() {
                     self.move_to(at, &ram, wait, &done);
+                }
+                if W::DELEGATES {
+                    self.pass_on(Change::Memory(ram), &done);
                 }
             }
             Command::Activate { session, done } => {
@@ -477,19 +494,24 @@ impl<W: Worker> LaneRunner<W> {
             Command::Log { log, done } => {
                 self.log = log;
                 (0..self.rings.len()).for_each(|at| self.renew_log(at));
+                if W::DELEGATES {
+                    self.pass_on(Change::Log(self.log.clone()), &done);
+                }
                 drop(done);
             }
             Command::LogRing { queue, device, done } => {
                 if let Some(at) = self.find(queue) {
                     self.rings[at].logged = device;
                     self.renew_log(at);
+                    return self.pass_on_of(at, Change::LogRing { queue, logged: device }, done);
                 }
                 done.complete(());
             }
             Command::Kick { queue, done: _done } => {
                 if let Some(at) = self.find(queue) {
-                    self.rings[at].ready = true;
+                    self.rings[at].ready = !W::DELEGATES;
                     self.rings[at].tally.kicked();
+                    self.pass_on_kick(at);
                 }
             }
             Command::Signal { interrupt, done } => {
@@ -521,7 +543,9 @@ impl<W: Worker> LaneRunner<W> {
         if slot.is_some() {
             return Err(StartError::Started(number));
         }
-        if let Kick::Fd(fd) = &kick {
+        if let Kick::Fd(fd) = &kick
+            && !W::DELEGATES
+        {
             self.reactor
                 .watch(fd.as_fd(), Token::host(u32::from(number)), Interest::READ_EDGE)
                 .map_err(StartError::Kick)?;
@@ -535,6 +559,9 @@ impl<W: Worker> LaneRunner<W> {
         ring.call = call;
         self.renew_log(at);
         self.regate(at);
+        if W::DELEGATES {
+            self.delegate(at).inspect_err(|_| self.queues.slots[at].1 = None).map_err(StartError::Kick)?;
+        }
         if follows {
             // Whoever had the queue before may have died between a publication and its interrupt.
             self.signal_unheard(at);
@@ -574,7 +601,8 @@ impl<W: Worker> LaneRunner<W> {
 
     /// Whether the queue may finish what was taken before.
     fn finishes(&self, at: usize) -> bool {
-        self.live
+        !W::DELEGATES
+            && self.live
             && !self.failed
             && !self.pause.asked()
             && self.rings.get(at).is_some_and(Ring::may_finish)
@@ -668,6 +696,9 @@ impl<W: Worker> LaneRunner<W> {
         self.rings[at].tally.faulted();
         self.regate(at);
         self.unwatch_kick(at);
+        if self.is_away(at) {
+            self.abandon(at);
+        }
         let shared = &self.up.shared;
         shared.failures.queue(&error);
         let reason = format!("queue {queue}: {error}");
@@ -679,7 +710,7 @@ impl<W: Worker> LaneRunner<W> {
 
     fn unwatch_kick(&mut self, at: usize) {
         let ring = &mut self.rings[at];
-        if matches!(ring.kick, Kick::Fd(_)) {
+        if matches!(ring.kick, Kick::Fd(_)) && !W::DELEGATES {
             self.reactor.unwatch(Token::host(u32::from(ring.index)));
         }
         // The file closes after its watch is gone: the peer holds it too, closing alone would not end the watch.

@@ -2,6 +2,7 @@
 use crate::device::Stop;
 use crate::engine::QueueResetError;
 use crate::lane::command::WaitFor;
+use crate::lane::delegated::Delegated;
 use crate::lane::tally::{QueueTotals, Tally};
 use crate::queue::Miss;
 use crate::ticket::Completer;
@@ -155,6 +156,8 @@ pub(super) struct Ring {
     pub(super) releasing: Vec<Release>,
     /// The translation that was asked for last.
     pub(super) asked: Option<Miss>,
+    /// It is served elsewhere.
+    pub(super) delegated: Option<Delegated>,
     pub(super) tally: Tally,
 }
 
@@ -174,6 +177,7 @@ impl Ring {
             moving: None,
             releasing: Vec::new(),
             asked: None,
+            delegated: None,
             tally: Tally::new(totals),
         }
     }
@@ -195,6 +199,7 @@ impl Ring {
             moving,
             releasing,
             asked,
+            delegated,
             tally: _,
         } = self;
         *kick = Kick::Manual;
@@ -206,6 +211,7 @@ impl Ring {
         *moving = None;
         releasing.clear();
         *asked = None;
+        *delegated = None;
     }
 
     /// What the driver or front-end set beside the ring goes in a reset.

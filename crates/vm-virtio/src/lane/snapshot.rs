@@ -22,8 +22,10 @@ impl<W: Worker> LaneRunner<W> {
         let mut queues = Vec::new();
         for at in 0..self.rings.len() {
             let (index, enabled) = (self.rings[at].index, self.rings[at].enabled);
+            let elsewhere = self.rings[at].delegated.as_ref().map(|delegated| delegated.state.clone());
             if let Some(queue) = self.queue(at) {
-                queues.push(SavedQueue { index, enabled, config: *queue.config(), state: queue.state() });
+                let state = elsewhere.unwrap_or_else(|| queue.state());
+                queues.push(SavedQueue { index, enabled, config: *queue.config(), state });
             }
         }
         let mut table = collected.lock().unwrap_or_else(PoisonError::into_inner);

@@ -70,6 +70,9 @@ impl<W: Worker> LaneRunner<W> {
             queue.drop_unclaimed();
         }
         self.unwatch_kick(at);
+        if W::DELEGATES && !self.is_away(at) {
+            return;
+        }
         self.enter_quietly(|worker, lane| worker.queue_stop(number, how, lane));
     }
 
@@ -99,7 +102,8 @@ impl<W: Worker> LaneRunner<W> {
                 continue;
             };
             // What nobody has adopted yet is in the state for who does.
-            let idle = self.queue(at).is_none_or(|queue| queue.outstanding() <= queue.unclaimed());
+            let idle = !self.is_away(at)
+                && self.queue(at).is_none_or(|queue| queue.outstanding() <= queue.unclaimed());
             // Nobody is left to complete the chains of a failed worker.
             let over = idle || self.failed || *now.get_or_insert_with(Instant::now) >= deadline;
             if over {
@@ -119,6 +123,10 @@ impl<W: Worker> LaneRunner<W> {
     fn end_stop(&mut self, at: usize, idle: bool) {
         let Some(stopping) = self.rings[at].stopping.take() else { return };
         let number = self.rings[at].index;
+        if self.is_away(at) {
+            self.abandon(at);
+        }
+        let delegated = self.rings[at].delegated.take();
         let state = match self.queues.slots[at].1.take() {
             Some(mut queue) => {
                 if queue.publish() && stopping.how == Stop::Drain {
@@ -126,7 +134,7 @@ impl<W: Worker> LaneRunner<W> {
                 }
                 queue.signal_log();
                 self.rings[at].tally.stopped(&queue);
-                queue.into_state()
+                delegated.map_or_else(|| queue.into_state(), |delegated| delegated.state)
             }
             None => QueueState::default(),
         };

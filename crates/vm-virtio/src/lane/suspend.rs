@@ -101,6 +101,7 @@ impl<W: Worker> LaneRunner<W> {
         self.reactor.cancel_timer(PAUSE_DEADLINE);
         for at in 0..self.rings.len() {
             self.regate(at);
+            self.delegate_again(at);
             if std::mem::take(&mut self.rings[at].unheard) && self.live {
                 self.signal(at);
             }
@@ -131,6 +132,7 @@ impl<W: Worker> LaneRunner<W> {
     fn rests(&mut self, at: usize) -> bool {
         let number = self.rings[at].index;
         let kept = self.worker.as_ref().map_or(0, |worker| worker.keeps(number));
-        self.queue(at).is_none_or(|queue: &mut Queue| queue.outstanding() <= kept + queue.unclaimed())
+        !self.is_away(at)
+            && self.queue(at).is_none_or(|queue: &mut Queue| queue.outstanding() <= kept + queue.unclaimed())
     }
 }

@@ -49,6 +49,11 @@ impl DirtyLog {
         Some(unsafe { AtomicU8::from_ptr(self.area.as_ptr().add(at)) })
     }
 
+    /// Where the bits are.
+    pub fn area(&self) -> &Arc<SharedMemory> {
+        &self.area
+    }
+
     /// Tells the front-end that pages were marked.
     pub fn signal(&self) {
         if let Some(signal) = &self.signal {

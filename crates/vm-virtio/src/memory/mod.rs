@@ -13,11 +13,13 @@
 //! | `copy.rs` | the volatile copies |
 //! | `poison.rs` | memory whose file was truncated |
 //! | `dirty_log.rs` | which pages a device has written |
+//! | `files.rs` | which regions another process can map |
 //! | `shared.rs` | memory that is shared beside the guest's |
 mod buf;
 mod copy;
 mod directory;
 mod dirty_log;
+mod files;
 pub mod iotlb;
 mod poison;
 mod segment;
@@ -35,6 +37,7 @@ pub(crate) use copy::{copy, load_u64};
 pub(crate) use directory::Directory;
 use directory::Region;
 pub use dirty_log::{DirtyLog, LOG_PAGE};
+pub use files::FileRegion;
 pub use poison::Poison;
 pub use segment::{Segment, Segs, iovecs};
 pub use shared::SharedMemory;
@@ -102,6 +105,7 @@ struct Ram {
     /// One for each mapping that can lose memory.
     poisons: Vec<Arc<Poison>>,
     watch: poison::Watch,
+    files: Vec<FileRegion>,
     /// What unmaps the regions when it is dropped.
     _keep: Vec<Box<dyn Any + Send + Sync>>,
 }
@@ -115,32 +119,35 @@ impl GuestRam {
     /// A snapshot of a `vm_memory` map, as it is now.
     pub fn new<B: Bitmap + Send + Sync + 'static>(memory: &GuestMemoryMmap<B>) -> GuestRam {
         let regions = memory.iter().filter_map(region_of).collect();
+        let files = memory.iter().filter_map(FileRegion::of).collect();
         let keep: Vec<Box<dyn Any + Send + Sync>> = vec![Box::new(memory.clone())];
         // The map has been through the same checks when it was made; were it otherwise, an empty snapshot faults
         // every access.
         Directory::new(regions)
-            .map_or_else(|_| GuestRam::empty(), |directory| GuestRam::of(directory, Vec::new(), keep))
+            .map_or_else(|_| GuestRam::empty(), |directory| GuestRam::of(directory, Vec::new(), files, keep))
     }
 
     /// A snapshot without any memory: each access faults.
     pub fn empty() -> GuestRam {
-        GuestRam::of(Directory::empty(), Vec::new(), Vec::new())
+        GuestRam::of(Directory::empty(), Vec::new(), Vec::new(), Vec::new())
     }
 
     fn of(
         directory: Directory,
         poisons: Vec<Arc<Poison>>,
+        mut files: Vec<FileRegion>,
         keep: Vec<Box<dyn Any + Send + Sync>>,
     ) -> GuestRam {
+        files.sort_by_key(|region| region.addr);
         let watch = poison::Watch::default();
-        GuestRam(Arc::new(Ram { directory, physical: None, poisons, watch, _keep: keep }))
+        GuestRam(Arc::new(Ram { directory, physical: None, poisons, watch, files, _keep: keep }))
     }
 
     /// Memory under other addresses.
     fn view(physical: GuestRam, directory: Directory) -> GuestRam {
-        let (poisons, watch) = (Vec::new(), poison::Watch::default());
+        let (poisons, files, watch) = (Vec::new(), Vec::new(), poison::Watch::default());
         let physical = Some(physical);
-        GuestRam(Arc::new(Ram { directory, physical, poisons, watch, _keep: Vec::new() }))
+        GuestRam(Arc::new(Ram { directory, physical, poisons, watch, files, _keep: Vec::new() }))
     }
 
     /// The memory under its guest-physical addresses: itself, unless it is [a view](Self::translated).
@@ -166,8 +173,15 @@ impl GuestRam {
     ) -> Result<GuestRam, RamError> {
         let (keep, poisons): (Vec<_>, Vec<_>) = regions.into_iter().unzip();
         let directory = Directory::new(keep.iter().filter_map(|region| region_of(region)).collect())?;
+        let files = keep.iter().filter_map(|region| FileRegion::of(region)).collect();
         let keep = keep.into_iter().map(|region| Box::new(region) as Box<dyn Any + Send + Sync>).collect();
-        Ok(GuestRam::of(directory, poisons.into_iter().flatten().collect(), keep))
+        Ok(GuestRam::of(directory, poisons.into_iter().flatten().collect(), files, keep))
+    }
+
+    /// The regions that another process can map, sorted by their addresses: those with a file behind them. Of memory
+    /// behind an IOMMU: under their guest-physical addresses.
+    pub fn files(&self) -> &[FileRegion] {
+        &self.physical().0.files
     }
 
     /// Whether a file behind the memory was truncated. What was read or written since it happened is void, so look

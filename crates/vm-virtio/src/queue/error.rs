@@ -131,6 +131,10 @@ pub enum QueueError {
     #[error("the IOMMU does not allow to {} at {:#x}", if .0.write { "write" } else { "read" }, .0.iova)]
     Denied(Miss),
 
+    /// Whoever serves a [delegated](crate::delegated) queue says that its rules were broken.
+    #[error("the rules of the ring were broken, as whoever serves it reports")]
+    Delegated,
+
     // No violation: the queue goes on when the host has brought it (`Engine::memory`).
     /// A translation of the IOMMU is missing.
     #[error("the IOMMU's translation of {:#x} is missing", .0.iova)]

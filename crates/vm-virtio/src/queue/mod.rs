@@ -603,6 +603,11 @@ impl Queue {
         self.size
     }
 
+    /// The snapshot of guest memory that it uses.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        self.arena.ram()
+    }
+
     /// Whether the ring is packed.
     pub fn is_packed(&self) -> bool {
         matches!(self.ring, Ring::Packed(_))

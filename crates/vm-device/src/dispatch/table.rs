@@ -1,0 +1,287 @@
+//! What the gate's maps are here: for both address spaces the ranges in ascending order, each with its slot.
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use super::IoDevice;
+use super::gate::{Counts, Gate, Pass};
+use crate::bus::{self, Bus, BusAddress, BusRange, DeviceMmio, DevicePio, Error, MmioAddress, PioAddress};
+
+pub(super) type IoGate = Gate<Work, Table, Slot>;
+pub(super) type IoPass = Pass<Table, Slot>;
+
+/// A device that is registered: what the gate calls a room.
+pub(super) struct Slot {
+    pub(super) device: IoDevice,
+    state: AtomicU8,
+}
+
+const OPEN: u8 = 0;
+/// Has its ranges, but nobody can reach it yet.
+const SHUT: u8 = 1;
+/// Panicked.
+const FAILED: u8 = 2;
+
+impl Slot {
+    pub(super) fn new(device: IoDevice, open: bool) -> Slot {
+        Slot { device, state: AtomicU8::new(if open { OPEN } else { SHUT }) }
+    }
+
+    pub(super) fn open(&self) {
+        self.state.store(OPEN, Ordering::Release);
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == FAILED
+    }
+}
+
+/// A slot's place; the gate says when it may be looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Place(NonNull<Slot>);
+
+// SAFETY: no more than an address; what is there is `Sync`.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    pub(super) fn of(slot: &Arc<Slot>) -> Place {
+        Place(NonNull::from(&**slot))
+    }
+}
+
+/// What changes: both buses, and the slots that are alive.
+#[derive(Default)]
+pub(super) struct Work {
+    pub(super) pio: Bus<PioAddress, Place>,
+    pub(super) mmio: Bus<MmioAddress, Place>,
+    pub(super) slots: Vec<Option<Arc<Slot>>>,
+    pub(super) free: Vec<usize>,
+    /// The current map is older than this, since nobody could see it.
+    pub(super) unseen: bool,
+}
+
+/// A map.
+#[derive(Default)]
+pub(super) struct Table {
+    pio: Ranges<PioAddress>,
+    mmio: Ranges<MmioAddress>,
+}
+
+impl Table {
+    pub(super) fn of(work: &Work) -> Table {
+        Table { pio: Ranges::of(&work.pio), mmio: Ranges::of(&work.mmio) }
+    }
+}
+
+/// Ranges in ascending order. First addresses are by themselves, since searching looks at nothing else.
+pub(super) struct Ranges<A> {
+    bases: Box<[A]>,
+    rest: Box<[(A, Place)]>,
+}
+
+impl<A> Default for Ranges<A> {
+    fn default() -> Self {
+        Ranges { bases: Box::default(), rest: Box::default() }
+    }
+}
+
+/// Why an access reaches no device, and what counts it.
+#[derive(Clone, Copy)]
+pub(super) enum Miss {
+    Unclaimed,
+    Straddling,
+}
+
+impl<A: BusAddress> Ranges<A> {
+    fn of(bus: &Bus<A, Place>) -> Ranges<A> {
+        Ranges {
+            bases: bus.iter().map(|(range, _)| range.base()).collect(),
+            rest: bus.iter().map(|(range, place)| (range.last(), *place)).collect(),
+        }
+    }
+
+    #[inline(always)]
+    fn find(&self, first: A, last: A) -> Result<(NonNull<Slot>, A), Miss> {
+        let behind = self.bases.partition_point(|base| *base <= first);
+        let at = behind.wrapping_sub(1);
+        if let (Some(base), Some((end, place))) = (self.bases.get(at), self.rest.get(at))
+            && last <= *end
+        {
+            return Ok((place.0, *base));
+        }
+        Err(self.miss(behind, first, last))
+    }
+
+    #[cold]
+    fn miss(&self, behind: usize, first: A, last: A) -> Miss {
+        let before = behind.checked_sub(1).and_then(|at| self.rest.get(at));
+        let touched = before.is_some_and(|(end, _)| first <= *end)
+            || self.bases.get(behind).is_some_and(|base| *base <= last);
+        if touched { Miss::Straddling } else { Miss::Unclaimed }
+    }
+}
+
+/// The kinds of events that a pass counts.
+pub(super) mod kind {
+    pub(crate) const UNCLAIMED: usize = 0;
+    pub(crate) const STRADDLING: usize = 1;
+    pub(crate) const INVALID: usize = 2;
+    pub(crate) const FAILED: usize = 3;
+    pub(crate) const PANICS: usize = 4;
+}
+
+/// One of the two address spaces.
+pub(super) trait Space: BusAddress + 'static {
+    type Device: ?Sized;
+    fn ranges(table: &Table) -> &Ranges<Self>;
+    fn bus(work: &mut Work) -> &mut Bus<Self, Place>;
+    fn device(device: &IoDevice) -> Option<&Self::Device>;
+    fn read(device: &Self::Device, base: Self, offset: Self::V, data: &mut [u8]);
+    fn write(device: &Self::Device, base: Self, offset: Self::V, data: &[u8]);
+}
+
+impl Space for PioAddress {
+    type Device = dyn DevicePio + Send + Sync;
+
+    #[inline(always)]
+    fn ranges(table: &Table) -> &Ranges<Self> {
+        &table.pio
+    }
+
+    fn bus(work: &mut Work) -> &mut Bus<Self, Place> {
+        &mut work.pio
+    }
+
+    #[inline(always)]
+    fn device(device: &IoDevice) -> Option<&Self::Device> {
+        device.pio.as_deref()
+    }
+
+    #[inline(always)]
+    fn read(device: &Self::Device, base: Self, offset: Self::V, data: &mut [u8]) {
+        device.pio_read(base, offset, data);
+    }
+
+    #[inline(always)]
+    fn write(device: &Self::Device, base: Self, offset: Self::V, data: &[u8]) {
+        device.pio_write(base, offset, data);
+    }
+}
+
+impl Space for MmioAddress {
+    type Device = dyn DeviceMmio + Send + Sync;
+
+    #[inline(always)]
+    fn ranges(table: &Table) -> &Ranges<Self> {
+        &table.mmio
+    }
+
+    fn bus(work: &mut Work) -> &mut Bus<Self, Place> {
+        &mut work.mmio
+    }
+
+    #[inline(always)]
+    fn device(device: &IoDevice) -> Option<&Self::Device> {
+        device.mmio.as_deref()
+    }
+
+    #[inline(always)]
+    fn read(device: &Self::Device, base: Self, offset: Self::V, data: &mut [u8]) {
+        device.mmio_read(base, offset, data);
+    }
+
+    #[inline(always)]
+    fn write(device: &Self::Device, base: Self, offset: Self::V, data: &[u8]) {
+        device.mmio_write(base, offset, data);
+    }
+}
+
+/// A read: whatever reaches no device, or one that fails, is filled with ones, as on a bus where nobody answers.
+///
+/// # Safety
+/// The caller owns this pass of this gate, and is in no room with it.
+#[inline(always)]
+pub(super) unsafe fn read<A: Space>(
+    gate: &IoGate,
+    pass: &IoPass,
+    addr: A,
+    data: &mut [u8],
+) -> Result<(), Error> {
+    // SAFETY: as of this function.
+    let done = unsafe {
+        access(gate, pass, addr, data.len(), |device, base, offset| A::read(device, base, offset, data))
+    };
+    if done.is_err() {
+        data.fill(0xff);
+    }
+    done
+}
+
+/// A write.
+///
+/// # Safety
+/// As of [`read`].
+#[inline(always)]
+pub(super) unsafe fn write<A: Space>(
+    gate: &IoGate,
+    pass: &IoPass,
+    addr: A,
+    data: &[u8],
+) -> Result<(), Error> {
+    // SAFETY: as of this function.
+    unsafe {
+        access(gate, pass, addr, data.len(), |device, base, offset| A::write(device, base, offset, data))
+    }
+}
+
+/// # Safety
+/// As of [`read`].
+#[inline(always)]
+unsafe fn access<A: Space>(
+    gate: &IoGate,
+    pass: &IoPass,
+    addr: A,
+    len: usize,
+    call: impl FnOnce(&A::Device, A, A::V),
+) -> Result<(), Error> {
+    let range: BusRange<A> = match bus::access(addr, len) {
+        Ok(range) => range,
+        Err(error) => return Err(refuse(pass, kind::INVALID, error)),
+    };
+    let last = range.last();
+    // SAFETY: the caller's pass; left below, on every way. Tables lead to slots that are closed after they were taken out
+    // (`IoSpace`).
+    let (slot, base) = match unsafe { gate.enter(pass, |table| A::ranges(table).find(addr, last)) } {
+        Ok(found) => found,
+        Err(Miss::Unclaimed) => return Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
+        Err(Miss::Straddling) => return Err(refuse(pass, kind::STRADDLING, Error::DeviceNotFound)),
+    };
+    let done = match A::device(&slot.device) {
+        Some(device) if slot.state.load(Ordering::Acquire) == OPEN => {
+            match catch_unwind(AssertUnwindSafe(|| call(device, base, addr - base))) {
+                Ok(()) => Ok(()),
+                Err(thrown) => {
+                    // It may panic again when it is dropped.
+                    std::mem::forget(thrown);
+                    slot.state.store(FAILED, Ordering::Relaxed);
+                    Err(refuse(pass, kind::PANICS, Error::DeviceFailed))
+                }
+            }
+        }
+        _ if slot.has_failed() => Err(refuse(pass, kind::FAILED, Error::DeviceFailed)),
+        _ => Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
+    };
+    gate.leave(pass);
+    done
+}
+
+#[cold]
+fn refuse(pass: &IoPass, kind: usize, error: Error) -> Error {
+    pass.counts.add(kind);
+    error
+}
+
+const _: () = assert!(kind::PANICS + 1 == Counts::KINDS);

@@ -26,6 +26,7 @@ use crate::listen::{Endpoint, ListenError, Listener};
 use crate::notify::Announcer;
 use crate::signals::Signals;
 use crate::task::{Task, TaskWaker, Watch};
+use crate::upcalls::Upcalls;
 
 /// How long lanes may take to notice that they are to end.
 const LANES_END: Duration = Duration::from_secs(1);
@@ -117,6 +118,7 @@ struct Prepared<D: VirtioDevice> {
     engine: Engine<D>,
     lanes: Vec<LaneRunner<D::Worker>>,
     events: Arc<Events>,
+    upcalls: Arc<Upcalls>,
     waker: Arc<TaskWaker>,
     socket: Socket,
     /// Where the socket was made, if it was.
@@ -170,23 +172,25 @@ impl<D: VirtioDevice> Daemon<D> {
             let device = make(GuestIndex(guest)).map_err(|source| DaemonError::Device { guest, source })?;
             let task = TaskWaker::new(waker.clone());
             let events = Events::new(task.clone());
+            let upcalls = Upcalls::new(task.clone());
             let spin = SpinPolicy { limit: options.spin };
             let options = EngineOptions {
                 without: options.without,
                 // The front-end translates for the IOMMU: IOTLB messages.
                 carried: Features::ACCESS_PLATFORM,
                 spin,
+                upcalls: Some(upcalls.clone()),
                 ..EngineOptions::new(events.clone())
             };
             let (engine, lanes) =
                 Engine::new(device, options).map_err(|source| DaemonError::Engine { guest, source })?;
-            devices.push((engine, lanes, events, task));
+            devices.push((engine, lanes, events, upcalls, task));
         }
         let mut guests = Vec::with_capacity(devices.len());
-        for ((engine, lanes, events, waker), endpoint) in devices.into_iter().zip(endpoints) {
+        for ((engine, lanes, events, upcalls, waker), endpoint) in devices.into_iter().zip(endpoints) {
             let path = if let Endpoint::Path(path) = &endpoint { Some(path.clone()) } else { None };
             let socket = Socket::open(endpoint)?;
-            guests.push(Prepared { engine, lanes, events, waker, socket, path });
+            guests.push(Prepared { engine, lanes, events, upcalls, waker, socket, path });
         }
         let stopper = Stopper { asked: Arc::default(), waker };
         Ok(Daemon {
@@ -245,12 +249,12 @@ impl<D: VirtioDevice> Daemon<D> {
                 }
                 Socket::Connected(stream) => Source::Connected(stream),
             };
-            let guest = Guest::new(index, prepared.engine, prepared.events, host.clone(), prepared.path);
-            let guest = Rc::new(guest);
+            let Prepared { engine, events, upcalls, waker, path, .. } = prepared;
+            let guest = Rc::new(Guest::new(index, engine, events, upcalls, host.clone(), path));
             if let Some(control) = &mut control {
                 control.plane().add(guest.clone());
             }
-            tasks.push(Task::new(prepared.waker, guest.serve(source)));
+            tasks.push(Task::new(waker, guest.serve(source)));
         }
         if let Some(count) = pool {
             threads = run_in_pool(pooled, count).map_err(system("start a thread"))?;

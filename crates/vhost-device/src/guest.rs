@@ -24,6 +24,7 @@ use crate::listen::Listener;
 use crate::mapping::Budget;
 use crate::session::Session;
 use crate::task::{Watch, yield_now};
+use crate::upcalls::{Shmem, Upcalls};
 
 /// How long to wait after the system refused to accept a connection, most likely for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
@@ -89,6 +90,8 @@ pub(crate) struct Guest<D: VirtioDevice> {
     pub(crate) index: u32,
     pub(crate) engine: Engine<D>,
     pub(crate) events: Arc<Events>,
+    pub(crate) upcalls: Arc<Upcalls>,
+    pub(crate) shmem: RefCell<Shmem>,
     pub(crate) host: Rc<Host>,
     /// Somebody who connected while there was, perhaps, another front-end.
     waiting: RefCell<Option<(UnixStream, Instant)>>,
@@ -134,6 +137,7 @@ impl<D: VirtioDevice> Guest<D> {
         index: u32,
         engine: Engine<D>,
         events: Arc<Events>,
+        upcalls: Arc<Upcalls>,
         host: Rc<Host>,
         socket: Option<PathBuf>,
     ) -> Guest<D> {
@@ -147,6 +151,8 @@ impl<D: VirtioDevice> Guest<D> {
             index,
             engine,
             events,
+            upcalls,
+            shmem: RefCell::default(),
             host,
             waiting,
             budget,

@@ -100,6 +100,7 @@ mod signals;
 mod task;
 #[cfg(test)]
 mod testing;
+mod upcalls;
 
 pub use cli::{CommonArgs, UsageError};
 pub use daemon::{Daemon, DaemonError, DaemonOptions, GuestIndex, Stopper};

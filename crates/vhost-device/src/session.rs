@@ -16,6 +16,7 @@ mod negotiation;
 mod refused;
 mod rings;
 mod transfer;
+mod upcalls;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -319,6 +320,10 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
                 return self.begin_transfer(direction).await;
             }
             R::CheckDeviceState => self.check_transfer().await?,
+            R::GetShmemConfig => {
+                let regions = engine.shared_memory().iter().map(|region| (region.id, region.size));
+                return Ok(Answer::ShmemConfig(regions.collect()));
+            }
             R::SendRarp(mac) => return self.ask_device(HostRequest::Announce(mac)),
             R::NetSetMtu(mtu) => return self.ask_device(HostRequest::NetMtu(mtu)),
             R::GpuSetSocket(socket) => return self.ask_device(HostRequest::GpuSocket(socket)),
@@ -348,6 +353,8 @@ impl<'g, D: VirtioDevice> Session<'g, D> {
         let patience = if self.guest.host.stopping.get() { SHUTDOWN_DEADLINE } else { STOP_DEADLINE };
         let deadline = Instant::now() + patience;
         let packed = self.packed();
+        // Requests that wait for the front-end get their answer.
+        self.lose_channel();
         let engine = &self.guest.engine;
         // All at once, so that they share the time.
         let stops: Vec<_> = (0..)

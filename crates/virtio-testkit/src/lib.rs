@@ -9,6 +9,7 @@
 //! | [`RingDriver`] | one virtqueue, split or packed: chains of any shape, checks, raw access to break rules |
 //! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
+//! | [`SharedMemory`] | a VMM that maps what a back-end asks it to |
 //! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
 //! | [`mod@conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
 //! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
@@ -30,6 +31,7 @@ pub mod load;
 mod memory_host;
 mod ram;
 pub mod ring;
+mod shared_memory;
 mod vhost_user_driver;
 mod violation;
 
@@ -37,5 +39,6 @@ pub use connect::connect;
 pub use memory_host::{MemoryHost, MemoryHostBuilder};
 pub use ram::{RamRegion, TestRam};
 pub use ring::{Buf, Interrupts, RingDriver, RingFull, RingLayout, Shape, Used};
+pub use shared_memory::SharedMemory;
 pub use vhost_user_driver::{DriverError, PHYSICAL, VhostUserDriver, VhostUserOptions};
 pub use violation::Violation;

@@ -5,7 +5,9 @@
 use crate::controls::Controls;
 use crate::delegated::{Change, QueueParts, Waiting};
 use crate::host_request::{HostError, HostReply, HostRequest, HostRequests, ObjectId};
-use crate::{ConfigSpace, DeviceType, Features, Queue, QueueState, Status};
+use crate::shared_memory::ShmRegion;
+pub use crate::upcall::{Upcall, UpcallError, UpcallId, UpcallReply, UpcallResult};
+use crate::{ConfigSpace, DeviceType, Features, Queue, QueueState};
 pub use device_state::{Section as DeviceState, StateError};
 use reactor::{Mail, Reactor, Readiness, Token};
 use std::fmt;
@@ -152,37 +154,6 @@ pub trait HostEvents: Send + Sync {
     fn event(&self, event: HostEvent);
 }
 
-/// The way from a worker up to its host.
-pub struct Upcall {
-    pub(crate) shared: Arc<crate::lane::Shared>,
-}
-
-impl Upcall {
-    /// The worker changed the configuration space; tell the driver. Nobody is told before DRIVER_OK.
-    pub fn config_changed(&self) {
-        if self.shared.status().contains(Status::DRIVER_OK) {
-            self.shared.events.event(HostEvent::ConfigChanged);
-        }
-    }
-
-    /// The device cannot go on, though its workers do: DEVICE_NEEDS_RESET is set and the driver told (2.1.2). For what
-    /// concerns one request, answer that request instead.
-    pub fn needs_reset(&self, reason: impl Into<String>) {
-        self.shared.needs_reset(reason.into());
-    }
-
-    /// Other devices of the VM may ask for this object: [`HostRequest::SharedObject`] brings its file. Holds over resets,
-    /// until it is [withdrawn](Upcall::withdraw). Only for devices with [`HostRequests::SHARED_OBJECTS`].
-    pub fn export(&self, object: ObjectId) {
-        self.shared.events.event(HostEvent::ObjectExported(object));
-    }
-
-    /// The object is gone, or is nobody else's any more.
-    pub fn withdraw(&self, object: ObjectId) {
-        self.shared.events.event(HostEvent::ObjectWithdrawn(object));
-    }
-}
-
 /// What a worker may use during one callback.
 pub struct Lane<'a> {
     /// The started queues of this lane.
@@ -230,6 +201,11 @@ pub trait VirtioDevice: Send + 'static {
     /// decides which fields may change; by default none.
     fn write_config(&mut self, offset: u32, data: &[u8], by: ConfigWriter) {
         let _ = (offset, data, by);
+    }
+
+    /// Its shared memory regions (2.10), each id once. What is in them the workers [map](Upcall::map). Called once.
+    fn shared_memory(&self) -> &[ShmRegion] {
+        &[]
     }
 
     /// What whoever operates the device can read, set and run. Called once.
@@ -380,6 +356,18 @@ pub trait Worker: Send + 'static {
     /// A message arrived in the mailbox.
     fn message(&mut self, message: Self::Msg, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         let _ = (message, lane);
+        Ok(())
+    }
+
+    /// The host's answer to what the worker [asked](Upcall::map), or that none came. Once for each question; also before
+    /// the worker is handed in for a reset, when its queues are being [stopped](Worker::queue_stop) already.
+    fn upcall_done(
+        &mut self,
+        id: UpcallId,
+        result: UpcallResult,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
+        let _ = (id, result, lane);
         Ok(())
     }
 

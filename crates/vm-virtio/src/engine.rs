@@ -24,7 +24,9 @@ use crate::lane::{
     Call, Command, FailureCounters, Kick, LaneHandle, LaneParts, LaneRunner, MAILBOX, Meeting, QueueStats,
     QueueTotals, Shared, StartError, StopError, WaitFor,
 };
+use crate::shared_memory::{ShmRegion, page_size};
 use crate::ticket::{Completer, Ticket, ticket};
+use crate::upcall::UpcallHandler;
 use crate::{
     ConfigError, ConfigSpace, DeviceType, DirtyLog, Features, GuestAddress, GuestRam, InflightRegion, Queue,
     QueueConfig, QueueError, QueueState, Status,
@@ -61,6 +63,8 @@ pub struct EngineOptions {
     pub spin: SpinPolicy,
     /// Who hears of events.
     pub events: Arc<dyn HostEvents>,
+    /// Who maps shared memory and looks up objects for the workers; none: nobody.
+    pub upcalls: Option<Arc<dyn UpcallHandler>>,
 }
 
 impl EngineOptions {
@@ -72,6 +76,7 @@ impl EngineOptions {
             budget: BUDGET,
             spin: SpinPolicy::OFF,
             events,
+            upcalls: None,
         }
     }
 }
@@ -172,6 +177,17 @@ fn check_specs(specs: &[QueueSpec]) -> Result<u16, EngineError> {
     }
 }
 
+fn check_regions(regions: &[ShmRegion]) -> Result<(), EngineError> {
+    let mut ids = [false; 256];
+    for ShmRegion { id, size } in regions.iter().copied() {
+        let again = ids.get_mut(usize::from(id)).is_some_and(|seen| std::mem::replace(seen, true));
+        if again || size == 0 || !size.is_multiple_of(page_size()) {
+            return Err(EngineError::Description(format!("shared memory region {id} of {size} bytes")));
+        }
+    }
+    Ok(())
+}
+
 impl<D: VirtioDevice> Engine<D> {
     /// Puts a device under the engine. The runners, one per lane, are the caller's to place on threads.
     pub fn new(mut device: D, options: EngineOptions) -> Result<EngineAndLanes<D>, EngineError> {
@@ -193,7 +209,9 @@ impl<D: VirtioDevice> Engine<D> {
         let offered = (all - options.without) | Features::VERSION_1;
         let specs = device.queues(offered);
         let count = check_specs(&specs)?;
-        let shared = Arc::new(Shared::new(options.events));
+        let regions = device.shared_memory().to_vec();
+        check_regions(&regions)?;
+        let shared = Arc::new(Shared::new(options.events, options.upcalls, regions));
 
         let (mails, inboxes): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mailbox(MAILBOX)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
@@ -264,6 +282,11 @@ impl<D: VirtioDevice> Engine<D> {
     /// The configuration space.
     pub fn config(&self) -> &Arc<ConfigSpace> {
         &self.0.config
+    }
+
+    /// The shared memory regions (2.10). Constant.
+    pub fn shared_memory(&self) -> &[ShmRegion] {
+        &self.0.shared.regions
     }
 
     /// What can be read, set and run.
@@ -553,6 +576,8 @@ impl<D: VirtioDevice> Engine<D> {
         let agenda = move |workers: &mut [D::Worker], stuck: bool| {
             // If the device panics half-way, this is what remains.
             let mut outcome = Outcome { shared: &core.shared, status: Status::DEVICE_NEEDS_RESET };
+            // All lanes have given up what they asked for: nothing is mapped for them from here on.
+            core.shared.upcalls.iter().for_each(|handler| handler.reset());
             lock(&core.device).reset(workers);
             core.config.release();
             lock(&core.control).driver = Features::empty();

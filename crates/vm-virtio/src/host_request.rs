@@ -22,7 +22,8 @@ bitflags! {
         const GPU_SOCKET = 1 << 2;
         /// [`HostRequest::CreateCryptoSession`] and [`HostRequest::CloseCryptoSession`].
         const CRYPTO_SESSIONS = 1 << 3;
-        /// [`HostRequest::SharedObject`].
+        /// [`HostRequest::SharedObject`]. Also of a device that only [looks up](crate::Upcall::look_up) others' objects: it
+        /// is asked for none of its own.
         const SHARED_OBJECTS = 1 << 4;
     }
 }

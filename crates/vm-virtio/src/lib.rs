@@ -14,6 +14,7 @@
 //! | [`lane`] | [`LaneRunner`]: kicks, publishing, arming, budgets, faults of a set of queues |
 //! | [`limit`] | [`RateLimit`](limit::RateLimit): bytes and operations in a period |
 //! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
+//! | [`upcall`], [`shared_memory`] | what workers ask of their host; regions of shared memory |
 //! | [`host_request`], [`controls`] | what a host asks of a device beyond virtio; properties and commands |
 //! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
 
@@ -28,8 +29,10 @@ pub mod lane;
 pub mod limit;
 pub mod memory;
 pub mod queue;
+pub mod shared_memory;
 pub mod status;
 mod ticket;
+pub mod upcall;
 
 pub use config::{ConfigError, ConfigSpace};
 pub use device::{
@@ -45,5 +48,9 @@ pub use host_request::{HostError, HostFile, HostReply, HostRequest, HostRequests
 pub use lane::{Call, EventFd, Interrupt, Kick, LaneRunner, StartError, StopError, WaitFor};
 pub use memory::{Access, DirtyLog, GuestAddress, GuestRam, MemFault, Segment};
 pub use queue::{Chain, InflightError, InflightRegion, Queue, QueueConfig, QueueError, QueueState, RingPos};
+pub use shared_memory::{Mappings, ShmRange, ShmRegion};
 pub use status::Status;
 pub use ticket::Ticket;
+pub use upcall::{
+    Responder, Upcall, UpcallError, UpcallHandler, UpcallId, UpcallReply, UpcallRequest, UpcallResult,
+};

@@ -7,6 +7,7 @@ use vhost_user::{BackendChannel, BackendCode, BackendRequest, Error, ProtocolFea
 use vm_virtio::device::VirtioDevice;
 use vm_virtio::{HostEvent, ObjectId, QueueError, Ticket};
 
+use super::upcalls::Questions;
 use super::{Refused, Session, iommu};
 use crate::ring::Notify;
 use crate::task::Watch;
@@ -16,6 +17,8 @@ pub(super) struct Channel {
     pub(super) socket: BackendChannel,
     /// Interrupts that are not acknowledged, in the order of their messages, and whose ring they are of.
     calls: VecDeque<(RequestId, usize)>,
+    /// What workers asked.
+    pub(super) questions: Questions,
     /// Exported objects that the front-end was told of, and the state of [`Events::exports`](crate::events::Events)
     /// when it was.
     objects: BTreeSet<ObjectId>,
@@ -51,15 +54,19 @@ impl<D: VirtioDevice> Session<'_, D> {
         self.channel = Some(Channel {
             socket,
             calls: VecDeque::new(),
+            questions: Questions::new(),
             objects: BTreeSet::new(),
             exports: 0,
             _watch: watch,
         });
+        self.guest.upcalls.open();
         Ok(())
     }
 
-    fn lose_channel(&mut self) {
-        self.channel = None;
+    pub(super) fn lose_channel(&mut self) {
+        if let Some(channel) = self.channel.take() {
+            self.give_up_questions(channel.questions);
+        }
         self.rings.iter().filter_map(|ring| ring.in_band.as_ref()).for_each(|call| call.lost());
     }
 
@@ -106,9 +113,9 @@ impl<D: VirtioDevice> Session<'_, D> {
                 _ => {}
             }
         }
-        self.with_channel(Channel::flush);
+        self.hear_channel();
         self.send_reports();
-        self.take_answers();
+        self.ask_front_end();
         // "Suspended device state": no messages to the front-end while no ring runs. The news is kept.
         if self.is_suspended() {
             return;
@@ -171,7 +178,9 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
     }
 
-    fn take_answers(&mut self) {
+    /// Sends what waits and takes the answers that came.
+    pub(super) fn hear_channel(&mut self) {
+        self.with_channel(Channel::flush);
         while let Some(channel) = &mut self.channel {
             match channel.socket.receive() {
                 Ok(None) => return,
@@ -186,6 +195,8 @@ impl<D: VirtioDevice> Session<'_, D> {
                         && let Some(call) = self.rings.get(ring).and_then(|ring| ring.in_band.as_ref())
                     {
                         call.acknowledged();
+                    } else if let Some(question) = channel.question(reply.id) {
+                        self.answered(question, reply);
                     }
                 }
                 Err(error) => {
@@ -196,7 +207,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
     }
 
-    fn with_channel(&mut self, what: impl FnOnce(&mut Channel) -> Result<(), Error>) {
+    pub(super) fn with_channel(&mut self, what: impl FnOnce(&mut Channel) -> Result<(), Error>) {
         let Some(channel) = &mut self.channel else { return };
         if let Err(error) = what(channel) {
             self.channel_ended(&error);

@@ -29,9 +29,21 @@ const OF_DEVICES: [(HostRequests, ProtocolFeatures); 4] = [
     (HostRequests::SHARED_OBJECTS, ProtocolFeatures::SHARED_OBJECT),
 ];
 
-/// Everything that is implemented for every device. CONFIG only for devices that have a configuration space, others for those that know
-/// what they bring.
-pub(crate) fn protocol_features(has_config: bool, device: HostRequests) -> ProtocolFeatures {
+/// What a device has, beyond what every device has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Has {
+    /// A configuration space.
+    pub(crate) config: bool,
+    /// Shared memory regions.
+    pub(crate) shared_memory: bool,
+    /// A state that can be saved.
+    pub(crate) state: bool,
+    /// What it knows of the host's requests.
+    pub(crate) requests: HostRequests,
+}
+
+/// Everything that is implemented for every device, and for those that have what it is about.
+pub(crate) fn protocol_features(device: Has) -> ProtocolFeatures {
     let always = ProtocolFeatures::MQ
         | ProtocolFeatures::LOG_SHMFD
         | ProtocolFeatures::REPLY_ACK
@@ -41,10 +53,15 @@ pub(crate) fn protocol_features(has_config: bool, device: HostRequests) -> Proto
         | ProtocolFeatures::CONFIGURE_MEM_SLOTS
         | ProtocolFeatures::INFLIGHT_SHMFD
         | ProtocolFeatures::STATUS;
-    let own =
-        OF_DEVICES.into_iter().filter(|(request, _)| device.contains(*request)).map(|(_, feature)| feature);
-    let config = if has_config { ProtocolFeatures::CONFIG } else { ProtocolFeatures::empty() };
-    own.fold(always | config, ProtocolFeatures::union)
+    let known = OF_DEVICES.into_iter().map(|(request, feature)| (device.requests.contains(request), feature));
+    let parts = [
+        (device.config, ProtocolFeatures::CONFIG),
+        // Files to map go to the front-end.
+        (device.shared_memory, ProtocolFeatures::SHMEM_MAP | ProtocolFeatures::BACKEND_SEND_FD),
+        (device.state, ProtocolFeatures::DEVICE_STATE),
+    ];
+    let own = parts.into_iter().chain(known).filter_map(|(there, features)| there.then_some(features));
+    own.fold(always, ProtocolFeatures::union)
 }
 
 impl<D: VirtioDevice> Session<'_, D> {
@@ -54,8 +71,12 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     pub(super) fn offered_protocol_features(&self) -> ProtocolFeatures {
         let engine = &self.guest.engine;
-        let features = protocol_features(!engine.config().is_empty(), engine.host_requests());
-        if engine.can_save() { features | ProtocolFeatures::DEVICE_STATE } else { features }
+        protocol_features(Has {
+            config: !engine.config().is_empty(),
+            shared_memory: !engine.shared_memory().is_empty(),
+            state: engine.can_save(),
+            requests: engine.host_requests(),
+        })
     }
 
     /// Whether the rings have the packed layout.
@@ -157,6 +178,7 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     /// RESET_DEVICE and SET_STATUS(0).
     pub(super) async fn reset_device(&mut self) {
+        self.guest.shmem.borrow_mut().forget();
         self.reset().await;
         for ring in &mut self.rings {
             ring.reset();
@@ -266,13 +288,22 @@ mod tests {
     #[test]
     fn exactly_what_is_implemented_is_offered() {
         let bits = |list: &[u32]| list.iter().fold(0u64, |bits, bit| bits | 1 << bit);
-        let none = HostRequests::empty();
-        assert_eq!(protocol_features(false, none).bits(), bits(&[0, 1, 3, 5, 12, 13, 14, 15, 16]));
-        assert_eq!(protocol_features(true, none).bits(), bits(&[0, 1, 3, 5, 9, 12, 13, 14, 15, 16]));
-        let all = protocol_features(true, HostRequests::all());
-        assert_eq!(all.bits(), bits(&[0, 1, 2, 3, 4, 5, 7, 9, 12, 13, 14, 15, 16, 18]));
-        assert_eq!(all.unmet(), None);
-        // A display has a socket, and no feature for it.
-        assert_eq!(protocol_features(true, HostRequests::GPU_SOCKET), protocol_features(true, none));
+        let none = Has::default();
+        let always = bits(&[0, 1, 3, 5, 12, 13, 14, 15, 16]);
+        assert_eq!(protocol_features(none).bits(), always);
+        let parts = [
+            (Has { config: true, ..none }, bits(&[9])),
+            (Has { shared_memory: true, ..none }, bits(&[10, 22])),
+            (Has { state: true, ..none }, bits(&[19])),
+            (Has { requests: HostRequests::all(), ..none }, bits(&[2, 4, 7, 18])),
+            // A display has a socket, and no feature for it.
+            (Has { requests: HostRequests::GPU_SOCKET, ..none }, 0),
+        ];
+        for (has, own) in parts {
+            assert_eq!(protocol_features(has).bits(), always | own, "{has:?}");
+        }
+        let all = Has { config: true, shared_memory: true, state: true, requests: HostRequests::all() };
+        assert_eq!(protocol_features(all).bits(), parts.iter().fold(always, |bits, (_, own)| bits | own));
+        assert_eq!(protocol_features(all).unmet(), None);
     }
 }

@@ -217,7 +217,8 @@ impl<D: VirtioDevice> Session<'_, D> {
     pub(super) async fn halt(&mut self, at: usize) {
         if self.rings[at].running.is_some() {
             let queue = at as u16;
-            let stopped = self.guest.engine.stop(queue, Stop::Drain, None).await;
+            let stop = self.guest.engine.stop(queue, Stop::Drain, None);
+            let stopped = self.answering(stop).await;
             self.stopped(queue, stopped).await;
         }
     }

@@ -1,16 +1,23 @@
 //! A device for tests: it gives back what it is sent, and does worse things when told to.
 #![allow(unreachable_pub, dead_code, reason = "shared by test crates and an example, none of which uses all")]
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use reactor::Mail;
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_virtio::controls::{Argument, ControlCommand, ControlRequest, Controls, Kind, Property, Value};
 use vm_virtio::device::{
     ConfigWriter, DeviceError, DeviceState, Lane, QueueSpec, StateError, Stop, VirtioDevice, Worker,
 };
 use vm_virtio::{
     Chain, ConfigSpace, DeviceType, Features, HostError, HostFile, HostReply, HostRequest, HostRequests,
-    Queue,
+    Queue, ShmRange, ShmRegion, Upcall, UpcallError, UpcallId, UpcallReply, UpcallResult,
 };
+
+/// What mappings are counted in.
+pub const PAGE: u64 = 0x1000;
 
 /// A feature of the device's own.
 pub const FEATURE: Features = Features::from_bits_retain(1 << 5);
@@ -35,6 +42,13 @@ pub mod ask {
     pub const EXPORT: u8 = b'E';
     /// Withdraw it.
     pub const WITHDRAW: u8 = b'W';
+    /// Map: region, offset, length and offset in the file (in pages), whether the driver may write. Answered with what
+    /// became of it.
+    pub const MAP: u8 = b'M';
+    /// Unmap: region, offset, length.
+    pub const UNMAP: u8 = b'U';
+    /// Look up an object: sixteen times the second byte. Answered with what is in its file.
+    pub const LOOK_UP: u8 = b'L';
     /// Wait this many milliseconds (second byte), which no real device may do.
     pub const BLOCK: u8 = b'B';
 }
@@ -47,6 +61,9 @@ pub struct Echo {
     /// A number that only control clients care about.
     volume: u64,
     requests: HostRequests,
+    regions: Vec<ShmRegion>,
+    /// What there is to map.
+    file: Arc<File>,
     /// What the host asked for, as text.
     pub heard: Arc<Mutex<Vec<String>>>,
 }
@@ -61,6 +78,8 @@ impl Echo {
             savable: false,
             volume: 5,
             requests: HostRequests::empty(),
+            regions: Vec::new(),
+            file: Arc::new(File::from(memfd_create("echo", MemfdFlags::CLOEXEC).unwrap())),
             heard: Arc::default(),
         }
     }
@@ -68,6 +87,11 @@ impl Echo {
     /// With its count of requests as a state that can be saved.
     pub fn savable(self) -> Echo {
         Echo { savable: true, ..self }
+    }
+
+    /// With these shared memory regions, and this file to map.
+    pub fn shared_memory(self, regions: &[ShmRegion], file: Arc<File>) -> Echo {
+        Echo { regions: regions.to_vec(), file, ..self }
     }
 
     /// That knows these requests of the host, and writes them down.
@@ -143,10 +167,16 @@ impl VirtioDevice for Echo {
             config: self.config.clone(),
             held: Vec::new(),
             clung: Vec::new(),
+            waiting: BTreeMap::new(),
+            file: self.file.clone(),
             count: 0,
             padding: 0,
         };
         Ok((0..self.lanes).map(|_| worker()).collect())
+    }
+
+    fn shared_memory(&self) -> &[ShmRegion] {
+        &self.regions
     }
 
     fn host_requests(&self) -> HostRequests {
@@ -215,6 +245,7 @@ impl VirtioDevice for Echo {
         for worker in workers {
             worker.held.clear();
             worker.clung.clear();
+            worker.waiting.clear();
             worker.count = 0;
         }
     }
@@ -224,6 +255,9 @@ pub struct EchoWorker {
     config: Arc<ConfigSpace>,
     held: Vec<(u16, Chain)>,
     clung: Vec<Chain>,
+    /// For the host.
+    waiting: BTreeMap<UpcallId, (u16, Chain)>,
+    file: Arc<File>,
     count: u8,
     padding: usize,
 }
@@ -235,6 +269,25 @@ fn answer(queue: &mut Queue, chain: Chain, answer: &[u8]) {
         writer.written()
     };
     queue.add_used(chain, written);
+}
+
+impl EchoWorker {
+    fn ask_host(&self, request: &[u8], up: &Upcall) -> Result<UpcallId, UpcallError> {
+        let range = |region: u8, offset: u8, len: u8| ShmRange {
+            region,
+            offset: u64::from(offset) * PAGE,
+            len: u64::from(len) * PAGE,
+        };
+        match *request {
+            [ask::MAP, region, offset, len, from, writable, ..] => {
+                let file = self.file.try_clone().unwrap().into();
+                up.map(range(region, offset, len), file, u64::from(from) * PAGE, writable != 0)
+            }
+            [ask::UNMAP, region, offset, len, ..] => up.unmap(range(region, offset, len)),
+            [_, n, ..] => up.look_up([n; 16]),
+            _ => Err(UpcallError::Unsupported),
+        }
+    }
 }
 
 impl Worker for EchoWorker {
@@ -270,6 +323,10 @@ impl Worker for EchoWorker {
                     lane.up.withdraw([n; 16]);
                     answer(queue, chain, &request);
                 }
+                [ask::MAP | ask::UNMAP | ask::LOOK_UP, ..] => match self.ask_host(&request, lane.up) {
+                    Ok(id) => drop(self.waiting.insert(id, (number, chain))),
+                    Err(error) => answer(queue, chain, error.to_string().as_bytes()),
+                },
                 [ask::COUNT, ..] => answer(queue, chain, &[self.count]),
                 [ask::BLOCK, milliseconds, ..] => {
                     std::thread::sleep(std::time::Duration::from_millis(milliseconds.into()));
@@ -278,6 +335,30 @@ impl Worker for EchoWorker {
                 _ => answer(queue, chain, &request),
             }
         }
+        Ok(())
+    }
+
+    fn upcall_done(
+        &mut self,
+        id: UpcallId,
+        result: UpcallResult,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
+        let Some((number, chain)) = self.waiting.remove(&id) else { return Ok(()) };
+        let Some(queue) = lane.queues.get(number) else { return Ok(()) };
+        let text = match result {
+            Ok(UpcallReply::File(file)) => {
+                let mut text = vec![0; 64];
+                let len = File::from(file).read_at(&mut text, 0).unwrap();
+                text.truncate(len);
+                text
+            }
+            Ok(_) => b"done".to_vec(),
+            // The driver takes its buffer back by itself.
+            Err(UpcallError::Reset) => return Ok(()),
+            Err(error) => error.to_string().into_bytes(),
+        };
+        answer(queue, chain, &text);
         Ok(())
     }
 

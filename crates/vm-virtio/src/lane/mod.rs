@@ -20,6 +20,7 @@ mod snapshot;
 mod stop;
 mod suspend;
 mod tally;
+mod upcalls;
 
 pub use command::WaitFor;
 pub(crate) use command::{Command, LaneHandle, Meeting};
@@ -30,7 +31,9 @@ pub(crate) use tally::QueueTotals;
 pub use tally::{LATENCY_BUCKETS, Latency, QueueStats};
 
 use crate::delegated::Change;
-use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Upcall, Worker};
+use crate::device::{DeviceError, HostEvent, HostEvents, Lane, Queues, Worker};
+use crate::shared_memory::ShmRegion;
+use crate::upcall::{Upcall, UpcallHandler, UpcallId, UpcallResult};
 use crate::{DirtyLog, GuestRam, Queue, Status};
 use reactor::{Event, Inbox, Interest, Reactor, SpinPolicy, Spinner, Token};
 use ring::Ring;
@@ -56,6 +59,7 @@ const DEADLINE: Token = Token::host(0x1_0002);
 const PAUSE_DEADLINE: Token = Token::host(0x1_0003);
 const POLL: Token = Token::host(0x1_0004);
 const RELEASE: Token = Token::host(0x1_0005);
+const UPCALL: Token = Token::host(0x1_0006);
 
 /// What went wrong so far; never reset. Failure policy 8: every failure is counted.
 #[derive(Debug, Default)]
@@ -85,11 +89,20 @@ pub(crate) struct Shared {
     status: AtomicU8,
     pub(crate) events: Arc<dyn HostEvents>,
     pub(crate) failures: FailureCounters,
+    /// Who answers workers, if anybody does.
+    pub(crate) upcalls: Option<Arc<dyn UpcallHandler>>,
+    /// The device's shared memory regions.
+    pub(crate) regions: Vec<ShmRegion>,
 }
 
 impl Shared {
-    pub(crate) fn new(events: Arc<dyn HostEvents>) -> Self {
-        Shared { status: AtomicU8::new(0), events, failures: FailureCounters::default() }
+    pub(crate) fn new(
+        events: Arc<dyn HostEvents>,
+        upcalls: Option<Arc<dyn UpcallHandler>>,
+        regions: Vec<ShmRegion>,
+    ) -> Self {
+        let (status, failures) = (AtomicU8::new(0), FailureCounters::default());
+        Shared { status, events, failures, upcalls, regions }
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -130,6 +143,10 @@ pub struct LaneRunner<W: Worker> {
     /// Beside `queues.slots`, the same order.
     rings: Vec<Ring>,
     up: Upcall,
+    /// To what the worker asked.
+    answers: Receiver<(UpcallId, UpcallResult)>,
+    /// When the first of its questions is given up.
+    patience: Option<Instant>,
     /// Where pages that are written are marked.
     log: Option<Arc<DirtyLog>>,
     /// For chains that are dropped on other threads.
@@ -171,6 +188,7 @@ impl<W: Worker> LaneRunner<W> {
         let mut reactor = Reactor::new()?;
         reactor.watch(parts.waker.as_fd(), ORDERS, Interest::READ_EDGE)?;
         reactor.watch(parts.mail.as_fd(), MAIL, Interest::READ_EDGE)?;
+        let (answer, answers) = std::sync::mpsc::channel();
         Ok(LaneRunner {
             index: parts.index,
             reactor,
@@ -179,7 +197,9 @@ impl<W: Worker> LaneRunner<W> {
             worker: Some(parts.worker),
             queues: Queues::new(parts.queues.iter().map(|(queue, _)| *queue)),
             rings: parts.queues.iter().map(|(queue, totals)| Ring::new(*queue, totals.clone())).collect(),
-            up: Upcall { shared: parts.shared },
+            up: Upcall::new(parts.shared, answer, parts.waker.clone()),
+            answers,
+            patience: None,
             log: None,
             waker: parts.waker,
             budget: parts.budget,
@@ -260,6 +280,7 @@ impl<W: Worker> LaneRunner<W> {
             self.obey(order);
             worked = true;
         }
+        worked |= self.hear_upcalls();
         if self.mail_waiting && !self.failed && !self.at_rest() {
             self.read_mail();
             worked = true;
@@ -279,6 +300,7 @@ impl<W: Worker> LaneRunner<W> {
         self.progress_releases();
         self.progress_stops();
         self.progress_pause();
+        self.watch_upcalls();
         if self.spinner.is_none() {
             self.arm();
         }
@@ -525,6 +547,7 @@ impl<W: Worker> LaneRunner<W> {
                 self.is_visiting = false;
                 self.worker = Some(worker);
                 self.failed &= !reset;
+                self.up.close(false);
                 self.mail_waiting = true;
                 // One of them may send it away again.
                 while !self.is_visiting
@@ -771,6 +794,8 @@ impl<W: Worker> LaneRunner<W> {
             self.regate(at);
             self.unwatch_kick(at);
         }
+        // What it asked for is nobody's: the host undoes what is still to come.
+        self.up.give_up();
         self.up.shared.failures.worker_failures.fetch_add(1, Ordering::Relaxed);
         self.up.shared.needs_reset(reason);
     }

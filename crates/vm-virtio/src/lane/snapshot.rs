@@ -5,8 +5,12 @@ use crate::engine::{Collected, SavedQueue, SnapshotError};
 use std::sync::{Arc, Mutex, PoisonError};
 
 impl<W: Worker> LaneRunner<W> {
-    /// Whether no queue can change: there is none, none may pop and nothing is out, or the lane is at rest.
+    /// Whether no queue can change: there is none, none may pop and nothing is out, or the lane is at rest. Nor may an
+    /// answer of the host be on its way.
     fn still(&mut self) -> bool {
+        if !self.up.is_quiet() {
+            return false;
+        }
         let closed = !self.live || self.at_rest();
         closed && self.rings.iter().all(|ring| ring.stopping.is_none() && ring.moving.is_none())
             || self.queues.slots.iter().all(|(_, queue)| queue.is_none())

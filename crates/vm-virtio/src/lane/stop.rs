@@ -80,6 +80,7 @@ impl<W: Worker> LaneRunner<W> {
     pub(super) fn begin_check_in(&mut self, meeting: Arc<Meeting<W>>, deadline: Instant) {
         self.live = false;
         self.pause.reset();
+        self.up.close(true);
         for at in 0..self.rings.len() {
             if self.queue(at).is_none() {
                 continue;
@@ -90,6 +91,8 @@ impl<W: Worker> LaneRunner<W> {
                 None => self.stop_ring(at, Stopping { how: Stop::Discard, deadline, asked: Asked::Reset }),
             }
         }
+        // With the queues given up: what waits for an answer goes back unused.
+        self.end_upcalls();
         self.check_in = Some(CheckIn { meeting, stuck: false });
     }
 

@@ -1,7 +1,8 @@
 //! Lanes that are suspended: by the driver (virtio 1.4, 3.4), or by the host for a snapshot.
 //!
 //! A lane is *asked* from the order on: its queues pop nothing, the worker finishes what is under way. It is *at rest*
-//! once no chain is out but those that the worker [keeps](Worker::keeps): from then on it only obeys orders. It waits
+//! once no chain is out but those that the worker [keeps](Worker::keeps), and the host has answered what the worker
+//! asked: from then on it only obeys orders. It waits
 //! for no file, timer or message, so nothing touches a queue or notifies anybody until it is resumed (3.4.2).
 use super::{LaneRunner, PAUSE_DEADLINE};
 use crate::Queue;
@@ -111,7 +112,8 @@ impl<W: Worker> LaneRunner<W> {
     /// Answers those who wait when the lane has come to rest, or time is up.
     pub(super) fn progress_pause(&mut self) {
         let Some(first) = self.pause.waiting.iter().map(|(deadline, _)| *deadline).min() else { return };
-        let idle = (0..self.rings.len()).all(|at| self.rests(at));
+        // An answer that changes what the worker has to remember must not come after it was saved.
+        let idle = self.up.is_quiet() && (0..self.rings.len()).all(|at| self.rests(at));
         if !idle && !self.failed && Instant::now() < first {
             self.reactor.set_timer(PAUSE_DEADLINE, first);
             return;

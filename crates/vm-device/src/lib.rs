@@ -6,6 +6,8 @@ pub mod bus;
 pub mod device_manager;
 pub mod dispatch;
 pub mod interrupt;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod resources;
 mod sync;
 

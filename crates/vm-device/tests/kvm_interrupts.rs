@@ -1,14 +1,12 @@
 //! Interrupts for guest programs under KVM: lines through irqfd and resample, messages through routes.
 #![cfg(all(feature = "kvm", target_arch = "x86_64"))]
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vm_device::bus::{
-    MmioAddress, MmioAddressOffset, MmioRange, PioAddress, PioAddressOffset, PioRange,
-};
+use vm_device::bus::{MmioAddress, MmioAddressOffset, MmioRange, PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 use vm_device::interrupt::{Event, IrqLine, IrqSource, Message, Messages, MsiMessage, Trigger};
 use vm_device::kvm::{Chip, KvmInterrupts, Route};
@@ -17,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 mod kvm_guest;
 
-use kvm_guest::{CODE32, Code, GDT_DESCRIPTOR, Machine, RESULTS};
+use kvm_guest::{Code, Machine, RESULTS};
 
 /// Line 5, vector 0x25, in real mode: the first 8259A begins at vector 0x20, takes line 5 only, level-triggered or not (the
 /// register of edges and levels is port 0x4d0). `handler` is a label.
@@ -124,6 +122,15 @@ fn watch(line: &IrqLine, stop: &Event, ended: &AtomicU32, raised: &AtomicU32) {
     }
 }
 
+/// Ends [`watch`], in whichever way the program has ended.
+struct Stop<'a>(&'a Event);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.signal();
+    }
+}
+
 #[test]
 fn a_level_that_two_devices_share_is_resampled() {
     let name = "a_level_that_two_devices_share_is_resampled";
@@ -167,9 +174,9 @@ fn a_level_that_two_devices_share_is_resampled() {
     let (ended, raised) = (AtomicU32::new(0), AtomicU32::new(0));
     thread::scope(|scope| {
         scope.spawn(|| watch(&line, &stop, &ended, &raised));
-        machine.run(&mut manager.vcpu());
         // The end of the second interrupt was told before the program could see it.
-        stop.signal();
+        let _stop = Stop(&stop);
+        machine.run(&mut manager.vcpu());
     });
     let (ended, raised) = (ended.into_inner(), raised.into_inner());
     machine.tell(
@@ -220,62 +227,42 @@ impl DeviceMmio for Function {
     }
 }
 
-/// Where the function is, for programs of 32 bits.
+/// Where the function is.
 const FUNCTION: u32 = 0xd000_0000;
-
-/// `mov dword [address], value` in 32 bits.
-fn store(code: &mut Code, address: u32, value: u32) {
-    code.op(&[0xc7, 0x05]).op(&address.to_le_bytes()).op(&value.to_le_bytes());
-}
-
-/// Copies four bytes.
-fn copy(code: &mut Code, from: u32, to: u32) {
-    code.op(&[0xa1]).op(&from.to_le_bytes()); // mov eax, [from]
-    code.op(&[0xa3]).op(&to.to_le_bytes()); // mov [to], eax
-}
 
 /// Goes round until the double word at `address` is `value`.
 fn spin(code: &mut Code, address: u32, value: u32, name: &'static str) {
     code.label(name)
         .op(&[0xf3, 0x90]) // pause
-        .op(&[0x81, 0x3d]) // cmp dword [address], value
-        .op(&address.to_le_bytes())
-        .op(&value.to_le_bytes())
+        .compare(address, value)
         .jump(0x75, name); // jne
 }
 
-/// Vectors 0x41 and 0x42 count at 0x500 and 0x504 and end at the local APIC, which is switched on.
+/// Vectors 0x41 and 0x42 count at 0x500 and 0x504; the local APIC is switched on.
 fn set_up_apic(code: &mut Code) {
     code.op(&[0xfa]); // cli
-    code.op(&[0x0f, 0x01, 0x15]).op(&GDT_DESCRIPTOR.to_le_bytes()); // lgdt [GDT_DESCRIPTOR]
-    // Interrupt gates at 0x4000 + vector * 8: present, ring 0, 32 bits.
-    for (vector, handler) in [(0x41, "first"), (0x42, "second")] {
-        let gate: u32 = 0x4000 + vector * 8;
-        code.op(&[0xb8]).address32(handler); // mov eax, handler
-        code.op(&[0x25]).op(&0xffff_u32.to_le_bytes()); // and eax, 0xffff
-        code.op(&[0x0d]).op(&(u32::from(CODE32) << 16).to_le_bytes()); // or eax, CODE32 << 16
-        code.op(&[0xa3]).op(&gate.to_le_bytes()); // mov [gate], eax
-        store(code, gate + 4, 0x8e00);
+    for (vector, handler) in [(0x41_u16, "first"), (0x42, "second")] {
+        let [low, high] = (vector * 4).to_le_bytes();
+        code.op(&[0xc7, 0x06, low, high]).address16(handler); // mov word [vector * 4], handler
+        code.op(&[0xc7, 0x06, low + 2, high, 0, 0]); // mov word [vector * 4 + 2], 0
     }
-    store(code, 0x3f00, 0x4000 << 16 | 0x7ff); // the IDT's limit and address
-    store(code, 0x3f04, 0);
-    code.op(&[0x0f, 0x01, 0x1d]).op(&0x3f00_u32.to_le_bytes()); // lidt [0x3f00]
-    store(code, 0xfee0_00f0, 0x1ff); // spurious vector, APIC enabled
+    code.store(0xfee0_00f0, 0x1ff); // spurious vector, APIC enabled
     code.op(&[0xfb]); // sti
 }
 
 fn handlers(code: &mut Code) {
-    for (name, count) in [("first", 0x500_u32), ("second", 0x504)] {
-        code.label(name).op(&[0xff, 0x05]).op(&count.to_le_bytes()); // inc dword [count]
-        store(code, 0xfee0_00b0, 0); // end of interrupt
-        code.op(&[0xcf]); // iretd
+    for (name, count) in [("first", 0x500_u16), ("second", 0x504)] {
+        let [low, high] = count.to_le_bytes();
+        code.label(name).op(&[0x66, 0xff, 0x06, low, high]); // inc dword [count]
+        code.store(0xfee0_00b0, 0); // end of interrupt
+        code.op(&[0xcf]); // iret
     }
 }
 
 /// As drivers write it.
 fn program_vector(code: &mut Code, index: u32, data: u32, masked: u32) {
     for (at, value) in [(0, 0xfee0_0000), (4, 0), (8, data), (12, masked)] {
-        store(code, FUNCTION + index * 16 + at, value);
+        code.store(FUNCTION + index * 16 + at, value);
     }
 }
 
@@ -291,29 +278,29 @@ fn pci_6_8_2_messages_arrive_and_wait_behind_masks() {
 
     let mut code = Code::default();
     set_up_apic(&mut code);
-    store(&mut code, FUNCTION + 0xd00, 0xc000); // enabled, all masked
+    code.store(FUNCTION + 0xd00, 0xc000); // enabled, all masked
     program_vector(&mut code, 0, 0x41, 0);
     program_vector(&mut code, 1, 0x42, 1);
-    store(&mut code, FUNCTION + 0xc00, 0);
-    copy(&mut code, FUNCTION + 0x800, 0x510); // the first is pending
-    store(&mut code, FUNCTION + 0xd00, 0x8000); // no longer all
+    code.store(FUNCTION + 0xc00, 0);
+    code.copy(FUNCTION + 0x800, 0x510); // the first is pending
+    code.store(FUNCTION + 0xd00, 0x8000); // no longer all
     spin(&mut code, 0x500, 1, "arrived");
-    store(&mut code, FUNCTION + 0xc00, 0);
+    code.store(FUNCTION + 0xc00, 0);
     spin(&mut code, 0x500, 2, "arrived again");
-    store(&mut code, FUNCTION + 0xc00, 1);
-    copy(&mut code, FUNCTION + 0x800, 0x514); // the second is pending
-    copy(&mut code, 0x504, 0x518); // and has not arrived
-    store(&mut code, FUNCTION + 16 + 12, 0); // unmask it
+    code.store(FUNCTION + 0xc00, 1);
+    code.copy(FUNCTION + 0x800, 0x514); // the second is pending
+    code.copy(0x504, 0x518); // and has not arrived
+    code.store(FUNCTION + 16 + 12, 0); // unmask it
     spin(&mut code, 0x504, 1, "second arrived");
-    copy(&mut code, FUNCTION + 0x800, 0x51c); // nothing is pending
+    code.copy(FUNCTION + 0x800, 0x51c); // nothing is pending
     program_vector(&mut code, 0, 0x41, 1);
     program_vector(&mut code, 0, 0x42, 1); // the first vector to the second handler
-    store(&mut code, FUNCTION + 12, 0);
-    store(&mut code, FUNCTION + 0xc00, 0);
+    code.store(FUNCTION + 12, 0);
+    code.store(FUNCTION + 0xc00, 0);
     spin(&mut code, 0x504, 2, "changed");
     code.done();
     handlers(&mut code);
-    machine.load32(&code);
+    machine.load16(&code);
     machine.run(&mut manager.vcpu());
 
     let results: Vec<u32> = [0, 4, 0x10, 0x14, 0x18, 0x1c].map(|at| machine.result32(at)).to_vec();
@@ -328,6 +315,15 @@ fn pci_6_8_2_messages_arrive_and_wait_behind_masks() {
     drop(function);
     assert_eq!(interrupts.routes(24), []);
     assert_eq!(interrupts.routes(5), [Route::Pin(Chip::PicMaster, 5), Route::Pin(Chip::IoApic, 5)]);
+}
+
+/// Says that the program has ended, in whichever way.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// A device's thread signals, and waits for each interrupt to be counted by the guest, which does nothing but mask and unmask.
@@ -345,17 +341,14 @@ fn no_message_is_lost_while_the_guest_masks_and_unmasks() {
     let mut code = Code::default();
     set_up_apic(&mut code);
     program_vector(&mut code, 0, 0x41, 0);
-    store(&mut code, FUNCTION + 0xd00, 0x8000);
+    code.store(FUNCTION + 0xd00, 0x8000);
     code.label("again");
-    store(&mut code, FUNCTION + 12, 1); // mask
-    store(&mut code, FUNCTION + 12, 0); // unmask
-    code.op(&[0x81, 0x3d]) // cmp dword [0x500], COUNT
-        .op(&0x500_u32.to_le_bytes())
-        .op(&COUNT.to_le_bytes())
-        .jump(0x75, "again"); // jne again
+    code.store(FUNCTION + 12, 1); // mask
+    code.store(FUNCTION + 12, 0); // unmask
+    code.compare(0x500, COUNT).jump(0x75, "again"); // jne again
     code.done();
     handlers(&mut code);
-    machine.load32(&code);
+    machine.load16(&code);
 
     let over = AtomicBool::new(false);
     let ram = machine.ram.clone();
@@ -363,7 +356,7 @@ fn no_message_is_lost_while_the_guest_masks_and_unmasks() {
     thread::scope(|scope| {
         scope.spawn(|| {
             let vector = &function.vectors[0];
-            while !vector.is_enabled() {
+            while !vector.is_enabled() && !over.load(Ordering::SeqCst) {
                 thread::yield_now();
             }
             for n in 0..COUNT {
@@ -373,8 +366,9 @@ fn no_message_is_lost_while_the_guest_masks_and_unmasks() {
                 }
             }
         });
+        // Also when the program fails: a scope waits for its threads.
+        let _over = Over(&over);
         machine.run(&mut manager.vcpu());
-        over.store(true, Ordering::SeqCst);
     });
     machine.tell(name, &format!("{} interrupts", machine.result32(0)));
     assert_eq!(machine.result32(0), COUNT);
@@ -389,7 +383,9 @@ fn policy_8_routes_that_kvm_refuses_change_nothing() {
     let message = |data| Route::Message(MsiMessage { address: 0xfee0_0000, data });
     interrupts.set_routes(&[(24, &[message(0x41)]), (25, &[message(0x42)])]).unwrap();
     // KVM has 4096 numbers on x86, and an I/O APIC of 24 pins.
-    for (bad, route) in [(4096, message(1)), (26, Route::Pin(Chip::IoApic, 24)), (26, Route::Pin(Chip::PicSlave, 8))] {
+    for (bad, route) in
+        [(4096, message(1)), (26, Route::Pin(Chip::IoApic, 24)), (26, Route::Pin(Chip::PicSlave, 8))]
+    {
         let changes: [(u32, &[Route]); 4] =
             [(24, &[message(0x43)]), (25, &[]), (24, &[message(0x44)]), (bad, &[route])];
         assert!(interrupts.set_routes(&changes).is_err(), "{bad} {route:?}");

@@ -22,44 +22,55 @@ mod code;
 #[allow(unreachable_pub)]
 mod skip;
 
-pub use code::Code;
+pub(crate) use code::Code;
 
 /// The program is over.
-pub const DONE: u8 = 0xf4;
+pub(crate) const DONE: u8 = 0xf4;
 /// Where programs are loaded, in both modes.
-pub const ORIGIN: u32 = 0x1000;
+pub(crate) const ORIGIN: u32 = 0x1000;
 /// Where programs leave their results.
-pub const RESULTS: u64 = 0x500;
-/// Where programs of 32 bits find a table of segments ([`CODE32`], [`DATA32`]), and its descriptor for `lgdt`.
-pub const GDT: u32 = 0x600;
-pub const GDT_DESCRIPTOR: u32 = 0x620;
-pub const CODE32: u16 = 0x08;
-pub const DATA32: u16 = 0x10;
-
+pub(crate) const RESULTS: u64 = 0x500;
 const RAM: u64 = 640 << 10;
 const STACK: u64 = 0x8000;
 /// Longer than any program takes.
 const DEADLINE: Duration = Duration::from_secs(30);
 
+/// All of 4 GiB.
+const FLAT: kvm_segment = kvm_segment {
+    base: 0,
+    limit: u32::MAX,
+    selector: 0,
+    type_: 0,
+    present: 1,
+    dpl: 0,
+    db: 0,
+    s: 1,
+    l: 0,
+    g: 1,
+    avl: 0,
+    unusable: 0,
+    padding: 0,
+};
+
 /// Something that left the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Exit {
+pub(crate) enum Exit {
     In(u16, Vec<u8>),
     Out(u16, Vec<u8>),
     Read(u64, Vec<u8>),
     Write(u64, Vec<u8>),
 }
 
-pub struct Machine {
-    pub vm: Arc<VmFd>,
-    pub ram: GuestMemoryMmap,
+pub(crate) struct Machine {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) ram: GuestMemoryMmap,
     vcpu: VcpuFd,
-    pub exits: Vec<Exit>,
+    pub(crate) exits: Vec<Exit>,
 }
 
 impl Machine {
     /// `None`, and the test is noted as skipped, where there is no KVM.
-    pub fn new(test: &str) -> Option<Machine> {
+    pub(crate) fn new(test: &str) -> Option<Machine> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
@@ -85,37 +96,23 @@ impl Machine {
         Some(Machine { vm: Arc::new(vm), ram, vcpu, exits: Vec::new() })
     }
 
-    /// Loads a program of 16 bits (real mode, all segments at 0).
-    pub fn load16(&mut self, code: &Code) {
+    /// Loads a program of 16 bits: real mode, all segments at 0; the data segment reaches over 4 GiB, as it does after a visit
+    /// to protected mode.
+    pub(crate) fn load16(&mut self, code: &Code) {
         let mut sregs = self.vcpu.get_sregs().unwrap();
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        sregs.ds = kvm_segment { type_: 3, ..FLAT };
         self.vcpu.set_sregs(&sregs).unwrap();
         self.start(code);
     }
 
-    /// Loads a program of 32 bits (protected mode, segments of 4 GiB, no paging).
-    pub fn load32(&mut self, code: &Code) {
-        // Null, code, data: base 0, limit 4 GiB, 32 bits, ring 0.
-        let segments: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
-        for (at, segment) in (0..).zip(segments) {
-            self.ram.write_obj(segment, GuestAddress(u64::from(GDT) + at * 8)).unwrap();
-        }
-        self.ram.write_obj(23_u16, GuestAddress(GDT_DESCRIPTOR.into())).unwrap();
-        self.ram.write_obj(GDT, GuestAddress(u64::from(GDT_DESCRIPTOR) + 2)).unwrap();
-        let segment = |selector, type_| kvm_segment {
-            base: 0,
-            limit: u32::MAX,
-            selector,
-            type_,
-            present: 1,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..Default::default()
-        };
+    /// Loads a program of 32 bits (protected mode, segments of 4 GiB, no paging). It has no table of segments and no interrupts:
+    /// not every KVM that runs such code can deliver them to it.
+    pub(crate) fn load32(&mut self, code: &Code) {
+        let segment = |selector, type_| kvm_segment { selector, type_, db: 1, ..FLAT };
         let mut sregs = self.vcpu.get_sregs().unwrap();
-        sregs.cs = segment(CODE32, 11);
-        let data = segment(DATA32, 3);
+        sregs.cs = segment(8, 11);
+        let data = segment(16, 3);
         (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
         sregs.cr0 |= 1;
         self.vcpu.set_sregs(&sregs).unwrap();
@@ -131,7 +128,7 @@ impl Machine {
     }
 
     /// Runs the program to its end. Accesses go to `io`.
-    pub fn run(&mut self, io: &mut VcpuIo) {
+    pub(crate) fn run(&mut self, io: &mut VcpuIo) {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
             let watchdog = scope.spawn(|| {
@@ -175,29 +172,34 @@ impl Machine {
                     let _ = io.mmio_read(MmioAddress(address), data);
                     self.exits.push(Exit::Read(address, data.to_vec()));
                 }
-                Ok(other) => return Err(format!("the guest left by {other:?}")),
+                Ok(other) => {
+                    let other = format!("{other:?}");
+                    let regs = self.vcpu.get_regs().unwrap();
+                    return Err(format!("the guest left by {other} at {:#x}", regs.rip));
+                }
                 Err(error) if error.errno() == libc_eintr() => {}
                 Err(error) => return Err(format!("KVM_RUN: {error}")),
             }
         }
     }
 
-    pub fn result8(&self, offset: u64) -> u8 {
+    pub(crate) fn result8(&self, offset: u64) -> u8 {
         self.ram.read_obj(GuestAddress(RESULTS + offset)).unwrap()
     }
 
-    pub fn result16(&self, offset: u64) -> u16 {
+    pub(crate) fn result16(&self, offset: u64) -> u16 {
         self.ram.read_obj(GuestAddress(RESULTS + offset)).unwrap()
     }
 
-    pub fn result32(&self, offset: u64) -> u32 {
+    pub(crate) fn result32(&self, offset: u64) -> u32 {
         self.ram.read_obj(GuestAddress(RESULTS + offset)).unwrap()
     }
 
     /// What the guest did, on standard error past the harness, which shows what tests print only if they fail.
-    pub fn tell(&self, test: &str, found: &str) {
+    pub(crate) fn tell(&self, test: &str, found: &str) {
         let mut text = format!("{test}: ");
-        let hex = |data: &[u8]| data.iter().rev().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+        let hex =
+            |data: &[u8]| data.iter().rev().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
         for exit in self.exits.iter().take(12) {
             let _ = match exit {
                 Exit::In(port, data) => write!(text, "in {port:#x} = {}, ", hex(data)),

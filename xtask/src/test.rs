@@ -46,7 +46,9 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     let skips = scratch.join("skips");
 
     let mut test = cargo();
-    test.current_dir(&workspace.root).args(["test", "--no-fail-fast"]).args(&options.filter);
+    test.current_dir(&workspace.root)
+        .args(["test", "--all-features", "--no-fail-fast"])
+        .args(&options.filter);
     test.env(skip::VARIABLE, &skips).env_remove(guest_lab::VARIABLE);
     if options.no_guest {
         note("guest tests: left out, as asked");

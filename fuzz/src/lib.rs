@@ -3,12 +3,14 @@
 //!
 //! Plain functions of a plain crate: `cargo test` replays the inputs in `corpus/` with any compiler, `cargo xtask fuzz` looks
 //! for new ones with libFuzzer (`libfuzzer/`, a workspace of its own).
+mod bus;
 mod bytes;
 mod daemon;
 mod guarded;
 mod ring;
 mod wire;
 
+pub use bus::bus;
 pub use daemon::{control, session};
 pub use ring::{ring_packed, ring_split};
 pub use wire::{wire_backend, wire_channel, wire_frontend};
@@ -17,7 +19,8 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
+    ("bus", bus),
     ("ring_split", ring_split),
     ("ring_packed", ring_packed),
     ("wire_backend", wire_backend),

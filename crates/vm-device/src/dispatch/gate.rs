@@ -128,7 +128,7 @@ impl<K, M, R> Gate<K, M, R> {
         }
     }
 
-    fn free_maps(&self, keeper: &mut Keeper<K, M>) {
+    pub(super) fn free_maps(&self, keeper: &mut Keeper<K, M>) {
         if keeper.passes > 0 {
             self.barrier.heavy();
         }

@@ -66,6 +66,8 @@ use crate::bus::{DeviceMmio, DevicePio, MmioRange, PioRange};
 
 mod barrier;
 mod gate;
+#[cfg(all(test, loom))]
+mod gate_loom;
 mod space;
 mod table;
 mod vcpu;

@@ -166,6 +166,13 @@ impl Registration {
         }
     }
 
+    /// The device panicked where the gate does not see it.
+    pub(crate) fn fail(&self) {
+        if let Some(slot) = self.slot.upgrade() {
+            slot.fail();
+        }
+    }
+
     /// Whether the device has panicked, and is not called any more.
     pub fn has_failed(&self) -> bool {
         self.slot.upgrade().is_some_and(|slot| slot.has_failed())
@@ -239,7 +246,7 @@ impl Removal {
 }
 
 /// A device whose removal was deferred.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Removed {
     slot: Weak<Slot>,
 }

@@ -32,6 +32,10 @@ impl Slot {
         self.state.store(OPEN, Ordering::Release);
     }
 
+    pub(super) fn fail(&self) {
+        self.state.store(FAILED, Ordering::Relaxed);
+    }
+
     pub(super) fn has_failed(&self) -> bool {
         self.state.load(Ordering::Relaxed) == FAILED
     }
@@ -266,7 +270,7 @@ unsafe fn access<A: Space>(
                 Err(thrown) => {
                     // It may panic again when it is dropped.
                     std::mem::forget(thrown);
-                    slot.state.store(FAILED, Ordering::Relaxed);
+                    slot.fail();
                     Err(refuse(pass, kind::PANICS, Error::DeviceFailed))
                 }
             }

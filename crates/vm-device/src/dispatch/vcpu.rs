@@ -52,6 +52,12 @@ impl Io {
         self.with_pass(|pass| unsafe { table::write(&self.gate, pass, addr, data) })
     }
 
+    /// An access that no bus has to look at is wrong in itself.
+    pub(crate) fn refuse(&self, error: Error) -> Result<(), Error> {
+        self.with_pass(|pass| pass.counts.add(kind::INVALID));
+        Err(error)
+    }
+
     fn with_pass<R>(&self, access: impl FnOnce(&IoPass) -> R) -> R {
         let pass = take_pass(&self.gate);
         let done = access(pass);

@@ -1,0 +1,115 @@
+//! Dispatch in one process: our buses beside a bare sorted array and rust-vmm's `vm-device` 0.1.0, in one run.
+//!
+//! `cargo xtask bench bus`; `-- --quick`: a short table, to see that it runs. All times but those of registration are the CPU
+//! time of the thread that accesses, so that other programs on the machine count little.
+#![allow(missing_docs, reason = "a benchmark has no interface")]
+#![allow(unreachable_pub, reason = "a benchmark has no interface")]
+mod registering;
+mod threads;
+mod variants;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use variants::{Access, Addresses};
+
+/// CPU time of this thread in nanoseconds.
+fn thread_time() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Half the range that the middle half of the rounds is within, in percent of the median.
+fn spread(values: &mut [f64]) -> f64 {
+    let middle = median(values);
+    let quarter = values.len() / 4;
+    (values[values.len() - 1 - quarter] - values[quarter]) / 2.0 / middle * 100.0
+}
+
+/// Median, and the spread in brackets.
+fn shown(values: &mut [f64]) -> String {
+    format!("{:6.1} ({:.0} %)", median(values), spread(values))
+}
+
+/// The median of the rounds' ratios.
+fn ratio(ours: &[f64], other: &[f64]) -> f64 {
+    median(&mut ours.iter().zip(other).map(|(ours, other)| ours / other).collect::<Vec<_>>())
+}
+
+/// How much of everything.
+#[derive(Clone, Copy)]
+pub struct Effort {
+    /// Fresh memory so many times.
+    sets: usize,
+    /// In each, everybody takes turns so many times.
+    rounds: usize,
+    /// Accesses each time.
+    accesses: usize,
+}
+
+/// Nanoseconds of an access.
+fn lap(variant: &mut dyn Access, addresses: &Addresses, accesses: usize) -> f64 {
+    let begin = thread_time();
+    variant.run(addresses, accesses);
+    (thread_time() - begin) / accesses as f64
+}
+
+const TARGET: f64 = 1.4;
+
+fn dispatch(effort: Effort) -> usize {
+    println!(
+        "\nnanoseconds of a write of 4 bytes to a random one of so many ranges: median of {} alternating",
+        { effort.sets * effort.rounds }
+    );
+    println!("rounds (spread of their middle half). A device stores the bytes in an atomic.");
+    println!(
+        "ratio: ours with a vCPU's handle to the array, median of the rounds' ratios; target {TARGET}, ! if missed\n"
+    );
+    println!(
+        "| ranges | sorted array  | ours, handle  | ours, shared  | vm-device     | its Mutex     | ratio  |"
+    );
+    println!(
+        "|--------|---------------|---------------|---------------|---------------|---------------|--------|"
+    );
+    let mut missed = 0;
+    for ranges in [1, 10, 100, 1000] {
+        let mut times: [Vec<f64>; 5] = Default::default();
+        for set in 0..effort.sets {
+            // Where allocations come to lie decides which of them share places in the cache.
+            let displaced = vec![0u8; set * 1040];
+            let addresses = Addresses::new(ranges);
+            let mut variants = variants::all(ranges);
+            std::hint::black_box(&displaced);
+            for variant in &mut variants {
+                lap(variant.as_mut(), &addresses, effort.accesses);
+            }
+            for round in 0..effort.rounds {
+                for i in 0..variants.len() {
+                    // Who comes first takes turns, too.
+                    let i = (i + round) % variants.len();
+                    times[i].push(lap(variants[i].as_mut(), &addresses, effort.accesses));
+                }
+            }
+        }
+        let ratio = ratio(&times[1], &times[0]);
+        let met = ratio <= TARGET;
+        missed += usize::from(!met);
+        let cells: Vec<String> = times.iter_mut().map(|times| format!("{:<13}", shown(times))).collect();
+        println!("| {ranges:<6} | {} | {ratio:.2}{} |", cells.join(" | "), if met { "  " } else { " !" });
+    }
+    missed
+}
+
+fn main() {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let effort = match quick {
+        true => Effort { sets: 2, rounds: 5, accesses: 5_000 },
+        false => Effort { sets: 8, rounds: 15, accesses: 50_000 },
+    };
+    let missed = dispatch(effort) + threads::table(effort) + registering::table(effort);
+    println!("\n{missed} above target");
+}

@@ -11,6 +11,7 @@
 //! * [`bus`]: addresses, ranges, and what a device has to do to be on a bus.
 //! * [`resources`]: who gets which ports, addresses, interrupts, slots.
 //! * [`interrupt`]: lines and messages.
+//! * [`pci`]: a root complex, bridges, hot plug, and devices whose addresses the guest chooses.
 //!
 //! If you come from rust-vmm's `vm-device` 0.1: its names are here and mean the same, with these differences. Reads that
 //! end with an error are filled with ones. Registration of several resources is all or nothing, and an impossible range is an
@@ -25,6 +26,7 @@ pub mod guide;
 pub mod interrupt;
 #[cfg(feature = "kvm")]
 pub mod kvm;
+pub mod pci;
 pub mod resources;
 mod sync;
 

@@ -1,6 +1,7 @@
 //! The program that rust-vmm's device manager is introduced with, its typing errors mended: `sys_res` and `resources` are
 //! what they were meant to be, the loop of `read` has the variables that it uses, unused parameters say so, and the
 //! register is in a `Mutex`. The vCPU is a list of exits.
+#![allow(clippy::unnecessary_mut_passed, reason = "as it was published")]
 use std::sync::{Arc, Mutex};
 
 use vm_device::device_manager::{Device, DeviceManager, IoResource, IoType, IrqResource};

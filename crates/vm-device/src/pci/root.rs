@@ -14,7 +14,7 @@ use super::decode::{self, Decoder};
 use super::express::PortKind;
 use super::function::{Effects, Function, FunctionBuilder, Identity};
 use super::slot::{Outcome, PowerIndicator, Slot};
-use super::tree::{self, Bus, FUNCTIONS, Node, Port};
+use super::tree::{self, Bus, FUNCTIONS, Node, Path, Port};
 use super::{PciDevice, PciError};
 use crate::bus::{MmioRange, PioRange};
 use crate::dispatch::IoSpace;
@@ -446,10 +446,10 @@ impl RootComplex {
     }
 
     /// All functions by their place: device and function number on each bus from the root down.
-    pub(crate) fn by_place(&self) -> Vec<(Vec<(u8, u8)>, Arc<Function>)> {
-        fn collect(bus: &Bus, above: &[(u8, u8)], all: &mut Vec<(Vec<(u8, u8)>, Arc<Function>)>) {
+    pub(crate) fn by_place(&self) -> Vec<(Path, Arc<Function>)> {
+        fn collect(bus: &Bus, above: &[(u8, u8)], all: &mut Vec<(Path, Arc<Function>)>) {
             for (place, node) in bus {
-                let path: Vec<_> = above.iter().copied().chain([*place]).collect();
+                let path: Path = above.iter().copied().chain([*place]).collect();
                 all.push((path.clone(), node.function.clone()));
                 if let Some(port) = &node.port {
                     collect(&port.bus, &path, all);

@@ -9,12 +9,10 @@ use std::sync::atomic::Ordering;
 
 use super::RootComplex;
 use super::function::SavedFunction;
+use super::tree::Path;
 
 /// The newest version of the layout.
 const VERSION: u16 = 1;
-
-/// Device and function number on each bus from the root bus down.
-type Path = Vec<(u8, u8)>;
 
 #[derive(Serialize, Deserialize)]
 struct Saved {

@@ -13,6 +13,9 @@ use super::{BusId, Card, PciError, PortId};
 /// Functions of a bus by device and function number.
 pub(crate) type Bus = BTreeMap<(u8, u8), Node>;
 
+/// Device and function number on each bus from the root bus down.
+pub(crate) type Path = Vec<(u8, u8)>;
+
 /// A function in its place.
 pub(crate) struct Node {
     pub(crate) function: Arc<Function>,

@@ -92,18 +92,16 @@ fn pci_6_8_2_msix_by_its_table_in_a_bar() {
     let sent = MsiMessage { address: 0xfee0_1000, data: 0x51 };
     assert_eq!(machine.controller.take(), [sent]);
     // The vector's mask, all masks, and no bus master: pending.
-    let masks: [(&dyn Fn(), &dyn Fn()); 3] = [
-        (&|| program(&machine, 1, [0xfee0_1000, 0, 0x51, 1]), &|| {
-            program(&machine, 1, [0xfee0_1000, 0, 0x51, 0])
-        }),
-        (&|| machine.write16(PLACE, cap + 2, 0xc000), &|| machine.write16(PLACE, cap + 2, 0x8000)),
-        (&|| machine.write16(PLACE, 4, 2), &|| machine.write16(PLACE, 4, 6)),
-    ];
-    for (mask, unmask) in masks {
-        mask();
+    let mask = |which: usize, on: bool| match which {
+        0 => program(&machine, 1, [0xfee0_1000, 0, 0x51, on.into()]),
+        1 => machine.write16(PLACE, cap + 2, if on { 0xc000 } else { 0x8000 }),
+        _ => machine.write16(PLACE, 4, if on { 2 } else { 6 }),
+    };
+    for which in 0..3 {
+        mask(which, true);
         message.signal();
         assert_eq!((machine.controller.take(), pending(&machine)), (vec![], 2));
-        unmask();
+        mask(which, false);
         assert_eq!((machine.controller.take(), pending(&machine)), (vec![sent], 0));
     }
     assert!(device.interrupts().is_bus_master());
@@ -180,7 +178,8 @@ fn pcie_6_6_2_a_function_level_reset_is_of_the_function_alone() {
     machine.enable((0, 2, 0), 0xc000_0000);
     machine.enable((0, 2, 1), 0xc000_1000);
     a.interrupts().set_intx(true);
-    (a.took(), b.took());
+    a.took();
+    b.took();
     let control = machine.capability(PLACE, 0x10) + 8;
     machine.write16(PLACE, control, 0x0010);
     assert!(a.took().is_empty());

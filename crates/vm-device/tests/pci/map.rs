@@ -185,7 +185,7 @@ fn a_bar_moves_in_the_callback_of_a_vcpu_while_others_are_inside_of_the_device()
             scope.spawn(move || {
                 let mut vcpu = machine.buses.vcpu();
                 for round in 0..500_u32 {
-                    let to = 0xc000_0000 | (round + n) % 2 << 24;
+                    let to = 0xc000_0000 | ((round + n) % 2) << 24;
                     for (at, value) in [(0x10, to), (0x04, 2)] {
                         let address = MmioAddress(ECAM + (2 << 15) + at);
                         vcpu.mmio_write(address, &value.to_le_bytes()).unwrap();
@@ -197,7 +197,7 @@ fn a_bar_moves_in_the_callback_of_a_vcpu_while_others_are_inside_of_the_device()
         // Whoever was last: the map is what the register says.
         let at = u64::from(machine.read32(A, 0x10));
         assert_eq!(machine.at(at), Some(0xa));
-        assert_eq!(machine.at(at ^ 1 << 24), None);
+        assert_eq!(machine.at(at ^ (1 << 24)), None);
         done.store(true, Ordering::Relaxed);
     });
 }

@@ -145,7 +145,7 @@ fn builders_refuse_what_cannot_be() {
         MsixLayout { table_bar: 2, ..layout },
         MsixLayout { table_bar: ROM_BAR, ..layout },
         MsixLayout { pending_offset: 0x1000, ..layout },
-        MsixLayout { table_offset: u32::MAX & !7, ..layout },
+        MsixLayout { table_offset: !7, ..layout },
     ] {
         assert_eq!(builder.msix(bad), Err(PciError::MsixPlace), "{bad:?}");
     }

@@ -2,47 +2,20 @@
 #![cfg(all(feature = "kvm", target_arch = "x86_64"))]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use rustix::event::{PollFd, PollFlags, poll};
 use vm_device::bus::{MmioAddress, MmioAddressOffset, MmioRange, PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
-use vm_device::interrupt::{Event, IrqLine, IrqSource, Message, Messages, MsiMessage, Trigger};
+use vm_device::interrupt::{IrqLine, IrqSource, Message, Messages, MsiMessage, Trigger};
 use vm_device::kvm::{Chip, KvmInterrupts, Route};
 use vm_device::{DeviceMmio, DevicePio};
 use vm_memory::{Bytes, GuestAddress};
 
 mod kvm_guest;
 
+use kvm_guest::interrupts::{Watcher, handlers, set_up_apic, set_up_pic, spin, wait_for};
 use kvm_guest::{Code, Machine, RESULTS};
-
-/// Line 5, vector 0x25, in real mode: the first 8259A begins at vector 0x20, takes line 5 only, level-triggered or not (the
-/// register of edges and levels is port 0x4d0). `handler` is a label.
-fn set_up_pic(code: &mut Code, level: bool, handler: &'static str) {
-    code.op(&[0xfa]) // cli
-        .op(&[0xc7, 0x06, 0x94, 0x00]) // mov word [0x25 * 4], handler
-        .address16(handler)
-        .op(&[0xc7, 0x06, 0x96, 0x00, 0x00, 0x00]) // mov word [0x25 * 4 + 2], 0
-        .out8(0x20, 0x11) // begin; edges; a second one
-        .out8(0x21, 0x20) // vectors from 0x20 on
-        .out8(0x21, 0x04) // the second one is at line 2
-        .out8(0x21, 0x01) // 8086 mode
-        .out8(0x21, !0x20) // all but line 5 are masked
-        .out8(0x4d0, if level { 0x20 } else { 0 });
-}
-
-/// Waits, halted, until the word at 0x500 has this value.
-fn wait_for(code: &mut Code, again: &'static str, over: &'static str, value: u8) {
-    code.label(again)
-        .op(&[0xfa]) // cli
-        .op(&[0x83, 0x3e, 0x00, 0x05, value]) // cmp word [0x500], value
-        .jump(0x74, over) // je over
-        .op(&[0xfb, 0xf4]) // sti; hlt: an interrupt in between ends the halt
-        .jump(0xeb, again) // jmp again
-        .label(over)
-        .op(&[0xfb]); // sti
-}
 
 /// A write to its port asserts and at once deasserts, from another thread.
 struct Pulse(Arc<IrqSource>);
@@ -107,30 +80,6 @@ impl DevicePio for Levelled {
     }
 }
 
-/// Watches a line's resample file, as a VMM's event loop does.
-fn watch(line: &IrqLine, stop: &Event, ended: &AtomicU32, raised: &AtomicU32) {
-    let resample = line.resample().unwrap();
-    loop {
-        let mut files = [PollFd::new(resample, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        poll(&mut files, None).unwrap();
-        if files[0].revents().contains(PollFlags::IN) {
-            raised.fetch_add(line.resampled().into(), Ordering::SeqCst);
-            ended.fetch_add(1, Ordering::SeqCst);
-        } else if files[1].revents().contains(PollFlags::IN) {
-            return;
-        }
-    }
-}
-
-/// Ends [`watch`], in whichever way the program has ended.
-struct Stop<'a>(&'a Event);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.signal();
-    }
-}
-
 #[test]
 fn a_level_that_two_devices_share_is_resampled() {
     let name = "a_level_that_two_devices_share_is_resampled";
@@ -170,15 +119,9 @@ fn a_level_that_two_devices_share_is_resampled() {
         .op(&[0xb0, 0x20, 0xe6, 0x20]) // mov al, 0x20; out 0x20, al
         .op(&[0x61, 0xcf]); // popa; iret
     machine.load16(&code);
-    let stop = Event::new().unwrap();
-    let (ended, raised) = (AtomicU32::new(0), AtomicU32::new(0));
-    thread::scope(|scope| {
-        scope.spawn(|| watch(&line, &stop, &ended, &raised));
-        // The end of the second interrupt was told before the program could see it.
-        let _stop = Stop(&stop);
-        machine.run(&mut manager.vcpu());
-    });
-    let (ended, raised) = (ended.into_inner(), raised.into_inner());
+    let watcher = Watcher::new(&line);
+    machine.run(&mut manager.vcpu());
+    let (ended, raised) = watcher.finish();
     machine.tell(
         name,
         &format!(
@@ -229,35 +172,6 @@ impl DeviceMmio for Function {
 
 /// Where the function is.
 const FUNCTION: u32 = 0xd000_0000;
-
-/// Goes round until the double word at `address` is `value`.
-fn spin(code: &mut Code, address: u32, value: u32, name: &'static str) {
-    code.label(name)
-        .op(&[0xf3, 0x90]) // pause
-        .compare(address, value)
-        .jump(0x75, name); // jne
-}
-
-/// Vectors 0x41 and 0x42 count at 0x500 and 0x504; the local APIC is switched on.
-fn set_up_apic(code: &mut Code) {
-    code.op(&[0xfa]); // cli
-    for (vector, handler) in [(0x41_u16, "first"), (0x42, "second")] {
-        let [low, high] = (vector * 4).to_le_bytes();
-        code.op(&[0xc7, 0x06, low, high]).address16(handler); // mov word [vector * 4], handler
-        code.op(&[0xc7, 0x06, low + 2, high, 0, 0]); // mov word [vector * 4 + 2], 0
-    }
-    code.store(0xfee0_00f0, 0x1ff); // spurious vector, APIC enabled
-    code.op(&[0xfb]); // sti
-}
-
-fn handlers(code: &mut Code) {
-    for (name, count) in [("first", 0x500_u16), ("second", 0x504)] {
-        let [low, high] = count.to_le_bytes();
-        code.label(name).op(&[0x66, 0xff, 0x06, low, high]); // inc dword [count]
-        code.store(0xfee0_00b0, 0); // end of interrupt
-        code.op(&[0xcf]); // iret
-    }
-}
 
 /// As drivers write it.
 fn program_vector(code: &mut Code, index: u32, data: u32, masked: u32) {

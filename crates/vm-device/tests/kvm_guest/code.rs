@@ -74,6 +74,28 @@ impl Code {
         self.op(&[0x67, 0x66, 0xc7, 0x05]).op(&address.to_le_bytes()).op(&value.to_le_bytes())
     }
 
+    /// Sixteen bits: `mov word [address], value` anywhere below 4 GiB.
+    pub(crate) fn store16(&mut self, address: u32, value: u16) -> &mut Code {
+        self.op(&[0x67, 0xc7, 0x05]).op(&address.to_le_bytes()).op(&value.to_le_bytes())
+    }
+
+    /// Sixteen bits: `out port, eax` with this value.
+    pub(crate) fn out32(&mut self, port: u16, value: u32) -> &mut Code {
+        let [low, high] = port.to_le_bytes();
+        self.op(&[0xba, low, high]) // mov dx, port
+            .op(&[0x66, 0xb8]) // mov eax, value
+            .op(&value.to_le_bytes())
+            .op(&[0x66, 0xef]) // out dx, eax
+    }
+
+    /// Sixteen bits: `in eax, port`, then to memory.
+    pub(crate) fn in32(&mut self, port: u16, to: u16) -> &mut Code {
+        let ([low, high], [to_low, to_high]) = (port.to_le_bytes(), to.to_le_bytes());
+        self.op(&[0xba, low, high]) // mov dx, port
+            .op(&[0x66, 0xed]) // in eax, dx
+            .op(&[0x66, 0xa3, to_low, to_high]) // mov [to], eax
+    }
+
     /// Sixteen bits: copies four bytes, anywhere below 4 GiB.
     pub(crate) fn copy(&mut self, from: u32, to: u32) -> &mut Code {
         self.op(&[0x67, 0x66, 0xa1]).op(&from.to_le_bytes()); // mov eax, [from]

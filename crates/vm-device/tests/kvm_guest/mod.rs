@@ -18,6 +18,7 @@ use vm_device::dispatch::VcpuIo;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
 mod code;
+pub(crate) mod interrupts;
 #[path = "../../../../tests/src/skip.rs"]
 #[allow(unreachable_pub)]
 mod skip;

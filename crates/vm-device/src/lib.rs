@@ -10,7 +10,7 @@
 //! * [`dispatch`]: a handle for each vCPU, and devices that are plugged in, moved and removed at run time.
 //! * [`bus`]: addresses, ranges, and what a device has to do to be on a bus.
 //! * [`resources`]: who gets which ports, addresses, interrupts, slots.
-//! * [`interrupt`]: lines and messages.
+//! * [`interrupt`]: lines and messages. `kvm` (cargo feature): both, and kicks of the guest, through the kernel.
 //! * [`pci`]: a root complex, bridges, hot plug, and devices whose addresses the guest chooses.
 //!
 //! If you come from rust-vmm's `vm-device` 0.1: its names are here and mean the same, with these differences. Reads that

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{process, thread};
 
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::dispatch::VcpuIo;
@@ -72,6 +72,19 @@ pub(crate) struct Machine {
 impl Machine {
     /// `None`, and the test is noted as skipped, where there is no KVM.
     pub(crate) fn new(test: &str) -> Option<Machine> {
+        Machine::with(test, |vm| vm.create_irq_chip())
+    }
+
+    /// With the local APIC in the kernel only.
+    pub(crate) fn split(test: &str) -> Option<Machine> {
+        Machine::with(test, |vm| {
+            let pins = [24, 0, 0, 0];
+            let cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: pins, ..Default::default() };
+            vm.enable_cap(&cap)
+        })
+    }
+
+    fn with(test: &str, controllers: impl FnOnce(&VmFd) -> Result<(), kvm_ioctls::Error>) -> Option<Machine> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
@@ -82,7 +95,7 @@ impl Machine {
         let vm = kvm.create_vm().unwrap();
         // Intel's processors need three pages for real mode.
         vm.set_tss_address(0xfffb_d000).unwrap();
-        vm.create_irq_chip().unwrap();
+        controllers(&vm).unwrap();
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let region = kvm_userspace_memory_region {
             slot: 0,

@@ -26,6 +26,7 @@ struct Elsewhere {
     changes: Vec<Change>,
     waiting: Vec<Waiting>,
     activated: usize,
+    flushed: usize,
 }
 
 struct Distant(Arc<Mutex<Elsewhere>>, Arc<Mutex<Option<Mail<Order>>>>);
@@ -91,6 +92,10 @@ impl Worker for Agent {
     }
     fn queue_stop(&mut self, _: u16, how: Stop, _: &mut Lane<'_>) {
         self.0.lock().unwrap().stops.push(how);
+    }
+    fn flush(&mut self, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        self.0.lock().unwrap().flushed += 1;
+        Ok(())
     }
     fn message(&mut self, order: Order, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         match order {
@@ -384,9 +389,11 @@ fn delegated_a_suspended_device_has_its_rings_back_saves_them_and_hands_them_ove
     assert_eq!(rig.done(ticket), Ok(()));
     let ticket = rig.engine.save();
     let saved = rig.done(ticket).expect("a state");
+    rig.elsewhere().flushed = 0;
     let ticket = rig.engine.resume();
     rig.done(ticket);
     assert_eq!(rig.elsewhere().parts.take().expect("handed over again").state, state(9));
+    assert!(rig.elsewhere().flushed > 0, "a lane at rest flushes what an order brought");
 
     let mut other = Rig::new(RingLayout::Split);
     let ticket = other.engine.set_status(Status::empty());

@@ -158,7 +158,7 @@ pub struct LaneRunner<W: Worker> {
     live: bool,
     /// The worker failed: it is not called until a reset.
     failed: bool,
-    /// The worker was called in this turn.
+    /// The worker was called since it was last flushed.
     called: bool,
     mail_waiting: bool,
     check_in: Option<stop::CheckIn<W>>,
@@ -272,7 +272,6 @@ impl<W: Worker> LaneRunner<W> {
         let Some(mut worked) = self.collect(timeout) else {
             return self.wait_for_order(timeout);
         };
-        self.called = false;
         while let Some(event) = self.reactor.next() {
             worked |= self.handle(event);
         }
@@ -288,6 +287,8 @@ impl<W: Worker> LaneRunner<W> {
         worked |= self.serve();
         if self.called {
             self.enter(|worker, lane| worker.flush(lane));
+            // What is called from here on, and while the lane waits for an order, is flushed at the end of the next turn.
+            self.called = false;
         }
         self.renew();
         if !self.at_rest() {

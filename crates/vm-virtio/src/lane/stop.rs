@@ -130,6 +130,8 @@ impl<W: Worker> LaneRunner<W> {
             self.abandon(at);
         }
         let delegated = self.rings[at].delegated.take();
+        // What comes back too late is not that of a queue that starts here next.
+        self.queues.returned.retain(|(queue, _)| *queue != number);
         let state = match self.queues.slots[at].1.take() {
             Some(mut queue) => {
                 if queue.publish() && stopping.how == Stop::Drain {

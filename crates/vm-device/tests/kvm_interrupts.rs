@@ -7,7 +7,10 @@ use std::thread;
 
 use vm_device::bus::{MmioAddress, MmioAddressOffset, MmioRange, PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
-use vm_device::interrupt::{IrqLine, IrqSource, Message, Messages, MsiMessage, Trigger};
+use vm_device::interrupt::{
+    Event, IrqLine, IrqSource, Message, MessageAction, MessageChange, MessageController, Messages,
+    MsiMessage, Trigger,
+};
 use vm_device::kvm::{Chip, KvmInterrupts, Route};
 use vm_device::{DeviceMmio, DevicePio};
 use vm_memory::{Bytes, GuestAddress};
@@ -338,8 +341,34 @@ fn policy_8_routes_that_kvm_refuses_change_nothing() {
     assert_eq!(pending, [0b10], "the one that has no route keeps what it has to say");
     drop(messages);
     assert_eq!(interrupts.routes(4095), []);
-    // An event that is somebody's already: no route is left of the attempt.
+    // A line is connected once.
     let line = IrqLine::new(Trigger::Edge).unwrap();
     let _connection = interrupts.connect_line(&line, 7).unwrap();
     assert!(interrupts.connect_line(&line, 9).is_err());
+}
+
+#[test]
+fn changes_of_which_one_fails_leave_no_route_and_no_file_behind() {
+    let name = "changes_of_which_one_fails_leave_no_route_and_no_file_behind";
+    let Some(machine) = Machine::new(name) else { return };
+    let interrupts = KvmInterrupts::new(machine.vm.clone());
+    let events = [(); 3].map(|()| Event::new().unwrap());
+    let [busy, held, free] = &events;
+    let deliver = |data| MessageAction::Deliver(MsiMessage { address: 0xfee0_0000, data });
+    let change = |number, event, action| MessageChange { number, event, action };
+    interrupts.apply(&[change(30, busy, deliver(1)), change(31, held, deliver(2))]).unwrap();
+    // KVM takes an eventfd for one number only.
+    let refused = interrupts.apply(&[
+        change(31, held, MessageAction::Forget),
+        change(32, free, deliver(3)),
+        change(33, busy, deliver(4)),
+    ]);
+    assert_eq!(refused.unwrap_err().raw_os_error(), Some(rustix::io::Errno::BUSY.raw_os_error()));
+    let routes = [30, 31, 32, 33].map(|number| interrupts.routes(number).len());
+    assert_eq!(routes, [1, 1, 0, 0]);
+    // The one in the middle is not attached any more, and the first one is again.
+    interrupts.apply(&[change(34, free, deliver(5))]).unwrap();
+    assert!(interrupts.apply(&[change(35, held, deliver(6))]).is_err());
+    interrupts.apply(&[change(31, held, MessageAction::Forget)]).unwrap();
+    interrupts.apply(&[change(35, held, deliver(6))]).unwrap();
 }

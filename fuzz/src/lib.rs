@@ -7,11 +7,13 @@ mod bus;
 mod bytes;
 mod daemon;
 mod guarded;
+mod proxy;
 mod ring;
 mod wire;
 
 pub use bus::bus;
 pub use daemon::{control, session};
+pub use proxy::proxy;
 pub use ring::{ring_packed, ring_split};
 pub use wire::{wire_backend, wire_channel, wire_frontend};
 
@@ -19,7 +21,7 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("bus", bus),
     ("ring_split", ring_split),
     ("ring_packed", ring_packed),
@@ -27,5 +29,6 @@ pub const TARGETS: [Target; 8] = [
     ("wire_frontend", wire_frontend),
     ("wire_channel", wire_channel),
     ("session", session),
+    ("proxy", proxy),
     ("control", control),
 ];

@@ -1,4 +1,4 @@
-//! `vhost-proxy` with whole daemons as its other half: ours, killed under load, and QEMU's storage daemon.
+//! `vhost-proxy` with whole daemons as its other half: ours, killed under load, QEMU's storage daemon, and virtiofsd.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ use backplane_tests::process::Owned;
 use backplane_tests::scratch::Scratch;
 use backplane_tests::skip;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use vhost_proxy::{Proxy, ProxyError, ProxyOptions, ProxyStats};
+use vhost_proxy::{ConfigSource, Proxy, ProxyError, ProxyOptions, ProxyStats};
 use virtio_testkit::{Buf, RingDriver, RingLayout, TestRam, Used};
 use vm_virtio::{
     DeviceType, Engine, EngineOptions, EventFd, Features, HostEvent, HostEvents, Kick, QueueStart, Status,
@@ -238,6 +238,94 @@ fn proxied_storage_daemon_reads_what_is_in_the_image_and_writes_what_it_is_told(
     let data = guest.ram.writable(SECTOR as u32);
     assert_eq!(block(&mut guest, 1, 0, 100, data), 0);
     assert_eq!(guest.ram.contents(&data), ours[..SECTOR]);
+    assert!(!guest.engine.status().contains(Status::DEVICE_NEEDS_RESET));
+    Ok(())
+}
+
+/// A virtiofsd, where the machine has one, and how it is told what to serve: since version 1 it is another program.
+fn file_system_daemon() -> Option<(PathBuf, bool)> {
+    let paths = env::var_os("PATH").unwrap_or_default();
+    let folders = env::split_paths(&paths).chain(["/usr/libexec".into(), "/usr/lib/qemu".into()]);
+    let program = folders.map(|folder| folder.join("virtiofsd")).find(|path| path.is_file())?;
+    let help = Command::new(&program).arg("--help").output().ok()?;
+    Some((program, String::from_utf8_lossy(&help.stdout).contains("--shared-dir")))
+}
+
+/// One FUSE request on the first request queue: the error code, and what follows the header of the answer.
+fn fuse(guest: &mut Guest, opcode: u32, node: u64, arguments: &[u8], room: u32) -> (i32, Vec<u8>) {
+    const UNIQUE: u64 = 0x1234_5678_9abc;
+    let mut request = Vec::new();
+    request.extend((40 + arguments.len() as u32).to_le_bytes());
+    request.extend(opcode.to_le_bytes());
+    request.extend(UNIQUE.to_le_bytes());
+    request.extend(node.to_le_bytes());
+    // uid, gid, pid, and no extensions.
+    request.extend([0; 16]);
+    let (header, arguments) = (guest.ram.readable(&request), guest.ram.readable(arguments));
+    let (answer, data) = (guest.ram.writable(16), guest.ram.writable(room));
+    let id = guest.submit(1, &[header, arguments, answer, data]);
+    let used = guest.wait_used(1).expect("an answer");
+    assert_eq!(used.id, id);
+    let answer = guest.ram.contents(&answer);
+    assert_eq!(answer[8..], UNIQUE.to_le_bytes(), "the answer to this request");
+    let mut data = guest.ram.contents(&data);
+    data.truncate(u32::from_le_bytes(answer[..4].try_into().unwrap()).saturating_sub(16) as usize);
+    (i32::from_le_bytes(answer[4..8].try_into().unwrap()), data)
+}
+
+#[test]
+fn proxied_virtiofsd_gives_the_files_that_it_shares() -> Result<(), Failure> {
+    let test = "proxied_virtiofsd_gives_the_files_that_it_shares";
+    let Some((program, is_new)) = file_system_daemon() else {
+        skip::tell(
+            test,
+            "virtiofsd is not on this machine (Debian: virtiofsd, qemu-system-common before 13)",
+        );
+        return Ok(());
+    };
+    let scratch = Scratch::new().map_err(Failure::io("make a temporary folder"))?;
+    let (shared, socket) = (scratch.join("shared"), scratch.join("socket"));
+    fs::create_dir(&shared).map_err(Failure::io("make a folder"))?;
+    let contents: Vec<u8> = (0..10_000u32).map(|at| (at * 7 / 3) as u8).collect();
+    fs::write(shared.join("numbers"), &contents).map_err(Failure::io("write a file"))?;
+    let mut command = Command::new(program);
+    command.arg(format!("--socket-path={}", socket.display()));
+    if is_new {
+        command.arg("--shared-dir").arg(&shared).args(["--sandbox", "none"]);
+    } else {
+        command.arg("-o").arg(format!("source={},sandbox=chroot", shared.display())).arg("-f");
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let _running = Owned::spawn(&mut command).map_err(Failure::io("start virtiofsd"))?;
+    // The tag is the front-end's with the older ones.
+    let tag = ConfigSource::Fixed([b"shared".as_slice(), &[0; 30], &1u32.to_le_bytes()].concat());
+    let options = ProxyOptions { config: tag, queues: Some(2), ..ProxyOptions::new(DeviceType(26)) };
+    let mut guest = Guest::new(&socket, options, RingLayout::Split);
+    // FUSE_INIT: 7.31, read-ahead, no flags.
+    let words = [7u32, 31, 0x2_0000, 0];
+    let (error, answer) = fuse(&mut guest, 26, 0, &words.map(u32::to_le_bytes).concat(), 64);
+    assert_eq!((error, u32::from_le_bytes(answer[..4].try_into().unwrap())), (0, 7));
+    // FUSE_LOOKUP in the root, of what is there and what is not.
+    assert_eq!(fuse(&mut guest, 1, 1, b"letters\0", 128).0, -2);
+    let (error, entry) = fuse(&mut guest, 1, 1, b"numbers\0", 128);
+    assert_eq!(error, 0);
+    let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+    // FUSE_OPEN to read.
+    let (error, open) = fuse(&mut guest, 14, node, &[0; 8], 16);
+    assert_eq!(error, 0);
+    // FUSE_READ: handle, offset, size, and zeros.
+    let mut read = Vec::new();
+    while read.len() < contents.len() {
+        let mut arguments = open[..8].to_vec();
+        arguments.extend((read.len() as u64).to_le_bytes());
+        arguments.extend(4096u32.to_le_bytes());
+        arguments.extend([0; 20]);
+        let (error, data) = fuse(&mut guest, 15, node, &arguments, 4096);
+        assert_eq!(error, 0);
+        assert!(!data.is_empty());
+        read.extend(data);
+    }
+    assert_eq!(read, contents);
     assert!(!guest.engine.status().contains(Status::DEVICE_NEEDS_RESET));
     Ok(())
 }

@@ -9,6 +9,9 @@ use crate::ProxyError;
 /// Most queues: messages name them with eight bits (vhost-user, `VHOST_USER_SET_VRING_KICK`).
 pub const MAX_QUEUES: u16 = 256;
 
+/// Longest time that an option can be.
+const LONGEST: Duration = Duration::from_secs(86_400);
+
 /// Largest configuration space that one message carries.
 const MAX_CONFIG: u32 = 4084;
 
@@ -39,10 +42,10 @@ pub struct ProxyOptions {
     /// back-end cannot transfer its state (`VHOST_USER_PROTOCOL_F_DEVICE_STATE`).
     pub stateless: bool,
     /// How long one exchange of messages may take, however many messages it has; stopping a ring, which finishes its
-    /// requests, included. Then the connection ends. 4 seconds if not said otherwise.
+    /// requests, included. Then the connection ends. 4 seconds if not said otherwise; at most a day.
     pub patience: Duration,
     /// How long a driver that is live has to wait for a back-end that is gone, before its device needs a reset. 30 seconds if not
-    /// said otherwise.
+    /// said otherwise; at most a day.
     pub give_up: Duration,
     /// Where messages are exchanged. None: a thread of this device's own, which begins with the first exchange. One pool can
     /// serve all devices of a VMM; a back-end that does not answer holds a thread for `patience`.
@@ -70,6 +73,10 @@ impl ProxyOptions {
         }
         if self.queues.is_some_and(|queues| queues == 0 || queues > MAX_QUEUES) {
             return Err(ProxyError::Options("this number of queues"));
+        }
+        // Longer than the clock goes on is no time either.
+        if self.patience.is_zero() || self.patience.max(self.give_up) > LONGEST {
+            return Err(ProxyError::Options("no patience, or a time of more than a day"));
         }
         let large = match &self.config {
             ConfigSource::Backend(sizes) => sizes.iter().any(|size| *size > MAX_CONFIG),
@@ -112,6 +119,8 @@ mod tests {
             ProxyOptions { queue_size: 3, ..good.clone() },
             ProxyOptions { queues: Some(0), ..good.clone() },
             ProxyOptions { queues: Some(257), ..good.clone() },
+            ProxyOptions { patience: Duration::ZERO, ..good.clone() },
+            ProxyOptions { give_up: Duration::MAX, ..good.clone() },
             ProxyOptions { config: ConfigSource::Backend(vec![4085]), ..good.clone() },
             ProxyOptions { config: ConfigSource::Fixed(vec![0; 4085]), ..good.clone() },
         ] {

@@ -13,7 +13,7 @@
 //! ```
 //! Invariants: `version` counts what is wanted, `brought` is what the back-end has; whoever waits does so for a version. A ring
 //! that no back-end can have (`ran` is false, or the connection is gone) comes back to the lane without a message.
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -42,6 +42,9 @@ const ERRORS: u32 = 0x1_0000;
 /// The first pause before a lost back-end is looked for again; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Writes to the configuration space that wait for the back-end at most: a driver can write faster than they are passed on.
+const MAX_WRITES: usize = 256;
 
 /// Requests of the back-end that are answered before the lane does something else.
 const TURN: usize = 32;
@@ -107,6 +110,8 @@ pub struct ProxyWorker {
     waiting: Vec<(u64, Waiting)>,
     /// Nothing but a reset helps.
     broken: bool,
+    /// The driver knows that the device needs one.
+    told_reset: bool,
     /// Since when the back-end is gone, or the driver waits for it.
     lost_since: Option<Instant>,
     pause: Duration,
@@ -151,6 +156,7 @@ impl ProxyWorker {
             saved: None,
             waiting: Vec::new(),
             broken: false,
+            told_reset: false,
             lost_since: None,
             pause: SHORTEST_PAUSE,
             retry_at: Instant::now(),
@@ -289,7 +295,9 @@ impl ProxyWorker {
                 }
                 self.shared.stats.connections.fetch_add(1, Ordering::Relaxed);
                 self.channel = channel;
-                self.watch_channel(lane);
+                if !self.watch_channel(lane) {
+                    return;
+                }
                 self.take_config(&config, true, lane);
                 self.want();
                 self.rest(link, lane);
@@ -338,7 +346,7 @@ impl ProxyWorker {
             self.take_config(&config, changed, lane);
         }
         if needs_reset {
-            lane.up.needs_reset("the back-end says so");
+            self.need_reset("the back-end says so".to_owned(), lane);
         }
     }
 
@@ -378,7 +386,14 @@ impl ProxyWorker {
     fn give_up(&mut self, reason: String, lane: &mut Lane<'_>) {
         self.broken = true;
         lane.reactor.cancel_timer(GIVE_UP);
-        lane.up.needs_reset(reason);
+        self.need_reset(reason, lane);
+    }
+
+    /// Once: who says it again and again is not heard again and again.
+    fn need_reset(&mut self, reason: String, lane: &mut Lane<'_>) {
+        if !std::mem::replace(&mut self.told_reset, true) {
+            lane.up.needs_reset(reason);
+        }
     }
 
     /// Ends the connection, also under a job that uses it.
@@ -399,11 +414,16 @@ impl ProxyWorker {
         self.shared.stats.connected.store(false, Ordering::Relaxed);
     }
 
-    fn watch_channel(&mut self, lane: &mut Lane<'_>) {
+    /// False: the connection is lost over it.
+    fn watch_channel(&mut self, lane: &mut Lane<'_>) -> bool {
         let watched =
             self.channel.as_ref().map(|channel| lane.reactor.watch(channel.as_fd(), CHANNEL, Interest::READ));
-        if let Some(Err(error)) = watched {
-            self.lost(error.into(), lane);
+        match watched {
+            Some(Err(error)) => {
+                self.lost(error.into(), lane);
+                false
+            }
+            _ => true,
         }
     }
 
@@ -459,6 +479,7 @@ impl ProxyWorker {
         self.lived = false;
         self.saved = None;
         self.broken = false;
+        self.told_reset = false;
         self.lost_since = None;
         self.waiting.clear();
         self.want();
@@ -495,8 +516,9 @@ impl Worker for ProxyWorker {
 
     fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         lane.reactor.watch(self.desk.as_fd(), RESULTS, Interest::READ_EDGE)?;
-        self.watch_channel(lane);
-        if let Place::Idle(link) = std::mem::replace(&mut self.place, Place::Busy) {
+        if self.watch_channel(lane)
+            && let Place::Idle(link) = std::mem::replace(&mut self.place, Place::Busy)
+        {
             self.rest(link, lane);
         }
         Ok(())
@@ -525,8 +547,10 @@ impl Worker for ProxyWorker {
         lane: &mut Lane<'_>,
     ) -> Result<(), DeviceError> {
         let QueueParts { config, state, kick, call, enabled, ram, log, logged } = parts;
-        let err = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from)?;
-        lane.reactor.watch(err.as_fd(), error_token(queue), Interest::READ_EDGE)?;
+        let err = error_file(queue, lane).inspect_err(|_| {
+            // The lane fails, and with it ends what the back-end still does.
+            self.cut();
+        })?;
         let serial = self.want();
         self.serial = serial;
         self.target.ram = ram;
@@ -622,7 +646,7 @@ impl Worker for ProxyWorker {
                 let Some(queue) = queue else { return Ok(()) };
                 match self.ring(queue) {
                     Some(ring) if ring.stop.is_none() => lane.queues.broken(queue),
-                    Some(_) => lane.up.needs_reset(format!("the back-end lost requests of queue {queue}")),
+                    Some(_) => self.need_reset(format!("the back-end lost requests of queue {queue}"), lane),
                     None => {}
                 }
             }
@@ -639,9 +663,12 @@ impl Worker for ProxyWorker {
     }
 
     fn message(&mut self, message: ProxyMsg, _lane: &mut Lane<'_>) -> Result<(), DeviceError> {
-        if let ProxyMsg::Write(ConfigWrite(write)) = message {
+        let ProxyMsg::Write(ConfigWrite(write)) = message else { return Ok(()) };
+        if self.target.writes.len() < MAX_WRITES {
             self.target.writes.push(write);
             self.want();
+        } else {
+            self.shared.stats.dropped_writes.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -650,6 +677,13 @@ impl Worker for ProxyWorker {
         self.go_on(lane);
         Ok(())
     }
+}
+
+/// Where the back-end tells that a ring is broken.
+fn error_file(queue: u16, lane: &mut Lane<'_>) -> std::io::Result<OwnedFd> {
+    let file = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    lane.reactor.watch(file.as_fd(), error_token(queue), Interest::READ_EDGE)?;
+    Ok(file)
 }
 
 fn error_token(queue: u16) -> Token {

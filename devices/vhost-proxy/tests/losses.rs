@@ -70,13 +70,7 @@ fn policy_3_what_a_killed_back_end_had_in_flight_is_taken_again_by_its_successor
         let mut backend = Backend::start(&["--queues", "2"]);
         let mut guest = Guest::echo(&backend.socket(), layout);
         guest.works();
-        let held: Vec<u16> = (0..5).map(|_| guest.submit(0, b"Hold this", 64).0).collect();
-        // Taken for certain: what comes behind is answered.
-        guest.works_on(1);
-        until("the ring is emptied", || {
-            let (id, _) = guest.submit(0, b"behind", 64);
-            guest.wait_used(0, SOON).is_some_and(|used| used.id == id)
-        });
+        let held: Vec<u16> = (0..5).map(|_| guest.held(0, b"Hold this")).collect();
         backend.kill();
         backend.restart();
         // The successor holds them again, and a stop finishes them.
@@ -98,9 +92,7 @@ fn policy_3_a_ring_is_stopped_properly_although_its_back_end_died() {
         let mut backend = Backend::start(&[]);
         let mut guest = Guest::echo(&backend.socket(), layout);
         guest.works();
-        let (id, _) = guest.submit(0, b"Hold this", 64);
-        let (behind, _) = guest.submit(0, b"behind", 64);
-        assert_eq!(guest.wait_used(0, SOON).unwrap().id, behind);
+        let id = guest.held(0, b"Hold this");
         backend.kill();
         until("the loss is noticed", || !guest.stats.connected.load(Ordering::Relaxed));
         let stop = guest.engine.stop(0, vm_virtio::Stop::Drain, Some(Instant::now() + SOON));
@@ -149,8 +141,7 @@ fn policy_7_a_stuck_ring_ends_the_connection_so_that_nobody_serves_it_any_more()
     guest.works();
     let losses = guest.stats.losses.load(Ordering::Relaxed);
     // Kept for ever.
-    guest.submit(0, b"Kling", 64);
-    guest.works_on(1);
+    guest.held(0, b"Kling");
     let deadline = Instant::now() + Duration::from_millis(200);
     let stop = guest.engine.stop(0, vm_virtio::Stop::Drain, Some(deadline));
     assert!(matches!(stop.wait(), Err(StopError::Stuck(_))));
@@ -224,11 +215,7 @@ fn without_in_flight_tracking_only_what_is_certain_goes_on() {
     guest.works();
     assert!(!guest.needs_reset());
     // Something is out: nobody knows what.
-    guest.submit(0, b"Hold this", 64);
-    until("it is taken", || {
-        let (id, _) = guest.submit(0, b"behind", 64);
-        guest.wait_used(0, SOON).is_some_and(|used| used.id == id)
-    });
+    guest.held(0, b"Hold this");
     backend.restart();
     until("it is found out", || guest.needs_reset());
     assert!(guest.ear.reasons()[0].contains("lost with requests"), "{:?}", guest.ear.reasons());
@@ -371,4 +358,47 @@ fn memory_that_cannot_be_shared_needs_a_reset() {
     guest.reset();
     guest.bring_up();
     guest.works();
+}
+
+#[test]
+fn a_device_is_suspended_and_saved_although_its_back_end_died() {
+    both(|layout| {
+        let mut backend = Backend::start(&["--queues", "2"]);
+        let mut guest = Guest::echo(&backend.socket(), layout);
+        guest.works();
+        let held = guest.held(0, b"Hold this");
+        backend.kill();
+        until("the loss is noticed", || !guest.stats.connected.load(Ordering::Relaxed));
+        let suspend = guest.engine.suspend();
+        backend.restart();
+        suspend.wait().expect("its successor has finished what it had");
+        assert_eq!(guest.lines[0].ring.used().expect("given back").id, held);
+        guest.engine.save().wait().expect("a state");
+        // While it rests nobody looks after the connection; the next one is made when it goes on.
+        backend.restart();
+        guest.engine.resume().wait();
+        guest.works();
+        assert!(!guest.needs_reset());
+    });
+}
+
+#[test]
+fn policy_8_devices_share_a_pool_and_one_that_hangs_does_not_hold_the_others() {
+    let (frozen, healthy) = (Backend::start(&[]), Backend::start(&[]));
+    let pool = reactor::BlockingPool::new(std::num::NonZeroUsize::new(2).unwrap());
+    let options = ProxyOptions { pool: Some(pool), patience: SOON, ..echo_options() };
+    let proxy = |backend: &Backend| Proxy::connect(backend.socket(), options.clone()).unwrap();
+    let mut hangs = Guest::running(proxy(&frozen), Setup::new(RingLayout::Split));
+    let mut works = Guest::running(proxy(&healthy), Setup::new(RingLayout::Split));
+    hangs.works();
+    frozen.freeze();
+    // An exchange that nobody answers.
+    let stuck = hangs.engine.enable(0, false);
+    for _ in 0..20 {
+        works.engine.enable(0, false).wait();
+        works.engine.enable(0, true).wait();
+        works.works();
+    }
+    assert!(hangs.stats.connected.load(Ordering::Relaxed), "it still waits");
+    drop(stuck);
 }

@@ -33,6 +33,8 @@ pub struct Plan {
     pub connections: usize,
     /// Protocol features that are not offered.
     pub withheld: u64,
+    /// Features that are offered for the back-end, which does not hear of them: the front-end does them alone.
+    pub added: u64,
     /// No connection is to be had.
     pub refuses: bool,
 }
@@ -73,9 +75,12 @@ impl Double {
         let nonsense: Arc<Mutex<bool>> = Arc::default();
         let plan = self.plan.clone();
         let (marked, marks) = (nonsense.clone(), nonsense);
-        let withheld = plan.lock().unwrap().withheld;
+        let (withheld, added) = {
+            let plan = plan.lock().unwrap();
+            (plan.withheld, plan.added)
+        };
         std::thread::spawn(move || requests(&up.0, &up.1, &plan, &marks));
-        std::thread::spawn(move || replies(&down.0, &down.1, withheld, &marked));
+        std::thread::spawn(move || replies(&down.0, &down.1, withheld, added, &marked));
         Ok(front)
     }
 }
@@ -86,10 +91,15 @@ fn close(one: &UnixStream, other: &UnixStream) {
 }
 
 fn requests(from: &UnixStream, to: &UnixStream, plan: &Mutex<Plan>, nonsense: &Mutex<bool>) {
-    while let Some((message, fds)) = receive(from) {
+    while let Some((mut message, fds)) = receive(from) {
         let mischief = {
             let mut plan = plan.lock().unwrap();
             let code = u32::from_ne_bytes(message[..4].try_into().unwrap());
+            if code == 2 {
+                // SET_FEATURES.
+                let chosen = u64::from_ne_bytes(message[HEADER_LEN..].try_into().unwrap());
+                message[HEADER_LEN..].copy_from_slice(&(chosen & !plan.added).to_ne_bytes());
+            }
             let number = plan.requests.len();
             plan.requests.push(code);
             plan.at.take_if(|(at, _)| *at == number)
@@ -111,12 +121,17 @@ fn requests(from: &UnixStream, to: &UnixStream, plan: &Mutex<Plan>, nonsense: &M
     close(from, to);
 }
 
-fn replies(from: &UnixStream, to: &UnixStream, withheld: u64, nonsense: &Mutex<bool>) {
+fn replies(from: &UnixStream, to: &UnixStream, withheld: u64, added: u64, nonsense: &Mutex<bool>) {
     while let Some((mut message, fds)) = receive(from) {
         if message[..4] == 15u32.to_ne_bytes() && message.len() == HEADER_LEN + 8 {
             // GET_PROTOCOL_FEATURES.
             let offered = u64::from_ne_bytes(message[HEADER_LEN..].try_into().unwrap());
             message[HEADER_LEN..].copy_from_slice(&(offered & !withheld).to_ne_bytes());
+        }
+        if message[..4] == 1u32.to_ne_bytes() && message.len() == HEADER_LEN + 8 {
+            // GET_FEATURES.
+            let offered = u64::from_ne_bytes(message[HEADER_LEN..].try_into().unwrap());
+            message[HEADER_LEN..].copy_from_slice(&(offered | added).to_ne_bytes());
         }
         if std::mem::take(&mut *nonsense.lock().unwrap()) {
             // Another request's, of another length.

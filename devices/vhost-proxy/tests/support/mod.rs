@@ -379,6 +379,13 @@ impl Guest {
         }
     }
 
+    /// A request that the back-end has taken for certain, since it has answered one that came behind, and keeps.
+    pub fn held(&mut self, queue: usize, request: &[u8]) -> u16 {
+        let (id, _) = self.submit(queue, request, 64);
+        self.works_on(queue);
+        id
+    }
+
     pub fn works_on(&mut self, queue: usize) {
         assert_eq!(self.ask(queue, b"still there", 64), b"still there");
     }

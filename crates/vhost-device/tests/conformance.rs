@@ -1,8 +1,16 @@
 //! The conformance suite of `virtio-testkit` over the echo device: in memory, and hosted by a daemon.
 mod support;
 
-use support::{Echo, TestDaemon, echo::ask};
-use virtio_testkit::conformance::{Request, Subject};
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use support::echo::{PAGE, ask};
+use support::{Echo, TestDaemon};
+use virtio_testkit::conformance::{
+    Line, MemoryBench, Place, Request, SocketBench, SocketOptions, Subject, check,
+};
+use vm_virtio::ShmRegion;
 
 const ECHO: Subject = Subject {
     name: "echo",
@@ -17,12 +25,34 @@ const ECHO: Subject = Subject {
     read_only: Some(4),
 };
 
-virtio_testkit::conformance!(
-    ECHO,
-    device = || Echo::new(8).queues(3, 2),
-    daemon = || {
-        let daemon = TestDaemon::with(1, || Echo::new(8).queues(3, 2));
-        let socket = daemon.socket(0);
-        (daemon, socket)
-    },
-);
+/// With everything that a device can have: what the suite finds nothing to look at in is what a daemon cannot offer.
+#[test]
+fn conformance_over_vhost_user() {
+    let regions = [ShmRegion { id: 0, size: 2 * PAGE }, ShmRegion { id: 200, size: PAGE }];
+    let daemon = TestDaemon::with(1, move || {
+        Echo::new(8)
+            .queues(3, 2)
+            .savable()
+            .shared_memory(&regions, Arc::new(File::open("/dev/zero").unwrap()))
+    });
+    let patience = Duration::from_secs(5);
+    let mut host = SocketBench::new(SocketOptions::new(daemon.socket(0)));
+    let report = check(&mut host, Some(&ECHO), patience);
+    report.assert_passed();
+    let pauses = ["suspend-rests", "suspend-early", "suspend-reset", "queue-reset", "queue-reset-alone"];
+    assert_eq!(report.not_applicable(), pauses);
+}
+
+/// And over the engine alone it is what is about messages, and what can be seen from another thread only.
+#[test]
+fn conformance_in_memory() {
+    let mut host = MemoryBench::new(|| Echo::new(8).queues(3, 2));
+    let report = check(&mut host, Some(&ECHO), Duration::from_secs(5));
+    report.assert_passed();
+    let wire = Line::all().into_iter().filter(|line| line.place == Place::Wire);
+    let mut left_out: Vec<_> = wire.map(|line| line.id).chain(["entry-before-index"]).collect();
+    let mut not_applicable = report.not_applicable();
+    left_out.sort_unstable();
+    not_applicable.sort_unstable();
+    assert_eq!(not_applicable, left_out);
+}

@@ -59,7 +59,7 @@ pub struct VhostUserOptions {
 pub const PHYSICAL: u64 = 1 << 32;
 
 /// What one translation is for.
-const PAGE: u64 = 0x1000;
+pub(crate) const PAGE: u64 = 0x1000;
 
 impl VhostUserOptions {
     /// What QEMU would want for most devices: everything that is offered, but for in-flight tracking. Rings of 64

@@ -83,6 +83,20 @@ impl Host for ProxyBench {
         Ok(self.now().engine.status())
     }
 
+    fn write_status(&mut self, status: Status) -> Checked {
+        self.now().engine.set_status(status).wait();
+        Ok(())
+    }
+
+    fn reset_ring(&mut self, queue: usize) -> Checked {
+        let guest = self.now();
+        let reset = guest.engine.reset_queue(queue as u16).wait();
+        reset.map_err(|error| Trouble::Broken(error.to_string()))?;
+        guest.lines[queue].ring.restart();
+        self.stopped[queue] = None;
+        Ok(())
+    }
+
     fn reset(&mut self) -> Checked {
         let guest = self.now();
         guest.engine.set_status(Status::empty()).wait();

@@ -25,6 +25,10 @@ pub trait Host {
     fn driver_ok(&mut self) -> Checked;
     /// The status field.
     fn status(&mut self) -> Checked<Status>;
+    /// Writes the status field of a driver that is past FEATURES_OK.
+    fn write_status(&mut self, status: Status) -> Checked;
+    /// Resets one queue and takes its buffers back: its ring is fresh, and not started.
+    fn reset_ring(&mut self, queue: usize) -> Checked;
     /// Resets the device and takes every buffer back.
     fn reset(&mut self) -> Checked;
     /// Negotiates the same once more after a reset.

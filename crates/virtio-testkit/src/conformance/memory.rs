@@ -130,6 +130,22 @@ impl<D: VirtioDevice, F: FnMut() -> D> Host for MemoryBench<D, F> {
         Ok(self.now().engine().status())
     }
 
+    fn write_status(&mut self, status: Status) -> Checked {
+        self.now().status(status);
+        Ok(())
+    }
+
+    fn reset_ring(&mut self, queue: usize) -> Checked {
+        let now = self.now();
+        let order = now.engine().reset_queue(queue as u16);
+        if let Err(error) = now.host.finish(order) {
+            return broken(error.to_string());
+        }
+        now.host.ring(queue).restart();
+        now.stopped[queue] = None;
+        Ok(())
+    }
+
     fn reset(&mut self) -> Checked {
         let now = self.now();
         let status = now.status(Status::empty());

@@ -81,7 +81,8 @@ pub type Checked<T = ()> = Result<T, Trouble>;
 pub struct Setup {
     /// The layout of all rings.
     pub layout: RingLayout,
-    /// What is taken of the ring features that may be left out: `INDIRECT_DESC`, `EVENT_IDX`, `IN_ORDER`.
+    /// What is taken of the features that may be left out: `INDIRECT_DESC`, `EVENT_IDX`, `IN_ORDER`, and what a line is
+    /// about.
     pub optional: Features,
     /// Whether the device's own features are taken.
     pub own: bool,
@@ -155,7 +156,7 @@ pub struct Line {
     pub span: Span,
     /// Layouts that it is about; none: both.
     pub layout: Option<RingLayout>,
-    /// Optional ring features that it needs.
+    /// Features that it needs and that are not taken otherwise.
     pub with: Features,
     /// Optional ring features that must be left out.
     pub without: Features,
@@ -183,6 +184,8 @@ impl Line {
         let mut setups: Vec<Setup> = Vec::new();
         let (indirect, event, order) = (Features::INDIRECT_DESC, Features::EVENT_IDX, Features::IN_ORDER);
         let none = Features::empty();
+        // What nobody takes who does not need it.
+        let special = self.with - (indirect | event | order);
         for layout in RingLayout::ALL {
             if layout == RingLayout::Packed && !offered.contains(Features::RING_PACKED)
                 || self.layout.is_some_and(|only| only != layout)
@@ -190,7 +193,7 @@ impl Line {
                 continue;
             }
             for optional in [indirect | event, event, indirect, none, indirect | event | order, order] {
-                let setup = Setup::new(layout, optional & offered);
+                let setup = Setup::new(layout, (optional | special) & offered);
                 let fits = setup.optional.contains(self.with) && !setup.optional.intersects(self.without);
                 let more = match self.span {
                     Span::One => setups.is_empty(),

@@ -2,19 +2,20 @@
 //!
 //! Every step has a deadline, nothing that arrives is trusted: a back-end that hangs, vanishes or talks nonsense breaks a
 //! rule and nothing else.
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost_user::{
-    BackendListener, BackendRequest, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendEndpoint, MemoryRegion,
-    ProtocolFeatures, VringAddr,
+    BackendListener, BackendRequest, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendEndpoint, IotlbAccess,
+    IotlbChange, IotlbReport, MemoryRegion, ProtocolFeatures, VringAddr,
 };
-use vm_virtio::{Features, RingPos, Status};
+use vm_virtio::{Features, GuestAddress, RingPos, Status};
 
 use super::{Checked, Host, Setup, Trouble, broken, not_applicable};
-use crate::vhost_user_driver::{counted, new_eventfd};
+use crate::vhost_user_driver::{PAGE, PHYSICAL, counted, new_eventfd};
 use crate::{RamRegion, RingDriver, RingLayout, TestRam, connect, hostile};
 
 /// Rings that are tried, whatever the back-end says it has.
@@ -71,6 +72,10 @@ pub(super) struct Connection {
     pub(super) ram: TestRam,
     pub(super) rings: Vec<Ring>,
     requests: Option<BackendListener>,
+    /// Behind an IOMMU: whether misses are answered, those that came, and the pages whose translation the back-end has.
+    pub(super) translates: bool,
+    pub(super) missed: BTreeSet<u64>,
+    pub(super) translated: BTreeSet<u64>,
 }
 
 /// Lines run over connections to a back-end.
@@ -84,17 +89,23 @@ pub(super) fn region(r: &RamRegion) -> MemoryRegion {
     MemoryRegion { guest_addr, size, user_addr, mmap_offset }
 }
 
-/// Waits until a file can be read. False: not in time.
-fn readable(file: impl AsFd, patience: Duration) -> bool {
+/// Waits until one of these files is ready for that. False: not in time.
+fn any_ready(files: &[BorrowedFd<'_>], wanted: PollFlags, patience: Duration) -> bool {
     let deadline = Instant::now() + patience;
+    let mut files: Vec<_> = files.iter().map(|file| PollFd::from_borrowed_fd(*file, wanted)).collect();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&limit)) {
+        match poll(&mut files, Some(&limit)) {
             Err(rustix::io::Errno::INTR) => {}
             ready => return ready.is_ok_and(|count| count > 0),
         }
     }
+}
+
+/// The same for one.
+pub(super) fn ready(file: impl AsFd, wanted: PollFlags, patience: Duration) -> bool {
+    any_ready(&[file.as_fd()], wanted, patience)
 }
 
 impl Connection {
@@ -134,11 +145,49 @@ impl Connection {
         self.share_memory()
     }
 
+    /// Whether the addresses of the driver are those of an IOMMU.
+    fn is_translated(&self) -> bool {
+        self.features.contains(Features::ACCESS_PLATFORM)
+    }
+
+    /// A region of guest memory. Behind an IOMMU no address of it is one that the driver uses.
+    fn region(&self, r: &RamRegion) -> MemoryRegion {
+        let physical = if self.is_translated() { PHYSICAL } else { 0 };
+        MemoryRegion { guest_addr: r.guest_addr + physical, ..region(r) }
+    }
+
+    /// Takes the translations that the back-end asks for, and gives it those that it may have. Requests of other kinds
+    /// are lost.
+    pub(super) fn answer_misses(&mut self) -> Checked {
+        while let Some(requests) = &mut self.requests
+            && let Some(received) = requests.receive()?
+        {
+            if let BackendRequest::Iotlb(IotlbReport::Miss { iova, .. }) = received.request {
+                self.missed.insert(iova - iova % PAGE);
+            }
+        }
+        if !self.translates {
+            return Ok(());
+        }
+        for iova in std::mem::take(&mut self.missed) {
+            if !self.ram.regions().iter().any(|r| iova.wrapping_sub(r.guest_addr) < r.size) {
+                return broken(format!(
+                    "a translation of {iova:#x} is asked for, which the driver does not use"
+                ));
+            }
+            let user_addr = self.ram.user_addr(GuestAddress(iova));
+            let access = IotlbAccess::READ | IotlbAccess::WRITE;
+            self.endpoint.iotlb(IotlbChange::Update { iova, size: PAGE, user_addr, access })?;
+            self.translated.insert(iova);
+        }
+        Ok(())
+    }
+
     fn share_memory(&mut self) -> Checked {
         let ram = self.ram.clone();
         if self.has(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for r in ram.regions() {
-                self.endpoint.add_mem_reg(region(r), ram.fd())?;
+                self.endpoint.add_mem_reg(self.region(r), ram.fd())?;
             }
         } else {
             self.set_mem_table()?;
@@ -148,18 +197,19 @@ impl Connection {
 
     pub(super) fn set_mem_table(&mut self) -> Checked {
         let ram = self.ram.clone();
-        let table: Vec<_> = ram.regions().iter().map(|r| (region(r), ram.fd())).collect();
+        let table: Vec<_> = ram.regions().iter().map(|r| (self.region(r), ram.fd())).collect();
         Ok(self.endpoint.set_mem_table(&table)?)
     }
 
     pub(super) fn address(&self, queue: usize) -> VringAddr {
         let config = self.rings[queue].driver.queue_config();
+        let place = |addr: GuestAddress| if self.is_translated() { addr.0 } else { self.ram.user_addr(addr) };
         VringAddr {
             index: queue as u32,
             flags: 0,
-            desc: self.ram.user_addr(config.desc),
-            used: self.ram.user_addr(config.device),
-            avail: self.ram.user_addr(config.driver),
+            desc: place(config.desc),
+            used: place(config.device),
+            avail: place(config.driver),
             log: 0,
         }
     }
@@ -201,7 +251,7 @@ impl Connection {
     fn forget_memory(&mut self) -> Checked {
         if self.has(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for r in self.ram.clone().regions() {
-                self.endpoint.rem_mem_reg(region(r))?;
+                self.endpoint.rem_mem_reg(self.region(r))?;
             }
         }
         Ok(())
@@ -315,7 +365,18 @@ impl SocketBench {
             endpoint.set_vring_err(index, Some(ring.err.as_fd()))?;
             rings.push(ring);
         }
-        let now = Connection { endpoint, setup, features, protocol, ram, rings, requests };
+        let now = Connection {
+            endpoint,
+            setup,
+            features,
+            protocol,
+            ram,
+            rings,
+            requests,
+            translates: true,
+            missed: BTreeSet::new(),
+            translated: BTreeSet::new(),
+        };
         self.now.insert(now).negotiate()
     }
 }
@@ -357,6 +418,23 @@ impl Host for SocketBench {
         let now = self.now()?;
         now.need(ProtocolFeatures::STATUS)?;
         Ok(Status::from_bits_retain(now.endpoint.get_status()?))
+    }
+
+    fn write_status(&mut self, status: Status) -> Checked {
+        let now = self.now()?;
+        now.need(ProtocolFeatures::STATUS)?;
+        Ok(now.endpoint.set_status(status.bits())?)
+    }
+
+    /// As QEMU does it for its vhost devices: there is no message for it, the ring is stopped and begins again.
+    fn reset_ring(&mut self, queue: usize) -> Checked {
+        let now = self.now()?;
+        now.stop(queue)?;
+        let layout = now.setup.layout;
+        let ring = &mut now.rings[queue];
+        ring.driver.restart();
+        ring.base = base(layout, RingPos::START);
+        Ok(())
     }
 
     /// As QEMU does it: rings are stopped, then the device is reset with whatever message there is for it.
@@ -450,12 +528,29 @@ impl Host for SocketBench {
     }
 
     fn wait(&mut self, queue: usize, patience: Duration) -> Checked<bool> {
-        let ring = &mut self.now()?.rings[queue];
-        if !readable(&ring.call, patience) {
-            return Ok(false);
+        let now = self.now()?;
+        let deadline = Instant::now() + patience;
+        loop {
+            let translated = now.is_translated();
+            if translated {
+                now.answer_misses()?;
+            }
+            let requests = now.requests.as_ref().filter(|_| translated);
+            let files: Vec<_> = [now.rings[queue].call.as_fd()]
+                .into_iter()
+                .chain(requests.map(|file| file.as_fd()))
+                .collect();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !any_ready(&files, PollFlags::IN, left) {
+                return Ok(false);
+            }
+            let ring = &mut now.rings[queue];
+            let count = counted(&ring.call);
+            ring.interrupts += count;
+            if count > 0 {
+                return Ok(true);
+            }
         }
-        ring.interrupts += counted(&ring.call);
-        Ok(true)
     }
 
     fn interrupts(&mut self, queue: usize) -> u64 {
@@ -466,7 +561,7 @@ impl Host for SocketBench {
 
     fn ring_failed(&mut self, queue: usize, patience: Duration) -> bool {
         let Some(ring) = self.now.as_mut().and_then(|now| now.rings.get_mut(queue)) else { return false };
-        readable(&ring.err, patience) && counted(&ring.err) != 0
+        ready(&ring.err, PollFlags::IN, patience) && counted(&ring.err) != 0
     }
 
     fn config(&mut self, offset: u32, len: u32) -> Checked<Vec<u8>> {

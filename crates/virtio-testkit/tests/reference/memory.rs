@@ -1,4 +1,6 @@
 //! Guest memory: regions that the front-end named, and the log of pages written.
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -16,6 +18,10 @@ struct Region {
 #[derive(Default)]
 pub(super) struct Memory {
     regions: Vec<Region>,
+    /// Behind an IOMMU: the front-end's address of each page that is known.
+    pub(super) iotlb: Option<BTreeMap<u64, u64>>,
+    /// The first page that was not.
+    pub(super) missed: Cell<Option<u64>>,
     /// File, where in it the log begins, how long it is.
     pub(super) log: Option<(File, u64, u64)>,
 }
@@ -48,13 +54,28 @@ impl Memory {
         self.regions.len() < before
     }
 
-    /// The guest's address of the front-end's.
+    /// The guest's address of the front-end's, which the driver's is itself behind an IOMMU.
     pub(super) fn guest(&self, user: u64) -> Option<u64> {
+        if self.iotlb.is_some() {
+            return Some(user);
+        }
         let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.size)?;
         Some(region.guest + (user - region.user))
     }
 
     fn find(&self, addr: u64, len: u64) -> Option<(&Region, usize)> {
+        if let Some(iotlb) = &self.iotlb {
+            // No range of the suite is in pages that are not neighbours of the front-end as well.
+            let last = addr.checked_add(len.max(1) - 1)? / 0x1000 * 0x1000;
+            let mut pages = (addr / 0x1000 * 0x1000..=last).step_by(0x1000);
+            if let Some(page) = pages.find(|page| !iotlb.contains_key(page)) {
+                self.missed.set(self.missed.get().or(Some(page)));
+                return None;
+            }
+            let user = iotlb.get(&(addr / 0x1000 * 0x1000))? + addr % 0x1000;
+            let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.size)?;
+            return Some((region, (user - region.user) as usize));
+        }
         let region = self.regions.iter().find(|r| addr >= r.guest && addr - r.guest < r.size)?;
         let offset = addr - region.guest;
         (offset.checked_add(len)? <= region.size).then_some((region, offset as usize))

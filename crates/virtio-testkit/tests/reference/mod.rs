@@ -49,19 +49,33 @@ mod bit {
     pub(crate) const EVENT_IDX: u64 = 1 << 29;
     pub(crate) const PROTOCOL: u64 = 1 << 30;
     pub(crate) const VERSION_1: u64 = 1 << 32;
+    pub(crate) const PLATFORM: u64 = 1 << 33;
     pub(crate) const PACKED: u64 = 1 << 34;
     pub(crate) const IN_ORDER: u64 = 1 << 35;
+    pub(crate) const RING_RESET: u64 = 1 << 40;
+    pub(crate) const SUSPEND: u64 = 1 << 43;
 }
 
 /// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, INBAND_NOTIFICATIONS, CONFIGURE_MEM_SLOTS,
-/// STATUS, DEVICE_STATE.
-const PROTOCOL: u64 =
-    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 16 | 1 << 19;
+/// STATUS, DEVICE_STATE, SHMEM_MAP.
+const PROTOCOL: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 5
+    | 1 << 9
+    | 1 << 12
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 16
+    | 1 << 19
+    | 1 << 22;
 const REPLY_ACK: u64 = 1 << 3;
 const STATUS: u64 = 1 << 16;
 
 const FEATURES_OK: u8 = 8;
 const DRIVER_OK: u8 = 4;
+const SUSPENDED: u8 = 16;
 const NEEDS_RESET: u8 = 64;
 
 /// A running back-end, in a folder of its own.
@@ -234,8 +248,11 @@ impl Backend {
             | bit::EVENT_IDX
             | bit::PROTOCOL
             | bit::VERSION_1
+            | bit::PLATFORM
             | bit::PACKED
-            | bit::IN_ORDER;
+            | bit::IN_ORDER
+            | bit::RING_RESET
+            | bit::SUSPEND;
         match self.mutant {
             "version-1-offered" => offered &= !bit::VERSION_1,
             "no-legacy-features" => offered |= 1 << 24,
@@ -266,11 +283,19 @@ impl Backend {
     }
 
     fn driver_ready(&self) -> bool {
-        self.protocol & STATUS == 0 || self.status & DRIVER_OK != 0 || self.is("nothing-before-driver-ok")
+        let awake = self.is("suspend-rests") && self.status & SUSPENDED != 0;
+        self.protocol & STATUS == 0
+            || self.status & DRIVER_OK != 0
+            || self.is("nothing-before-driver-ok")
+            || awake
     }
 
     fn reset(&mut self) {
-        self.status = if self.is("reset-status") { self.status } else { 0 };
+        self.status = match self.mutant {
+            "reset-status" => self.status,
+            "suspend-reset" => self.status & SUSPENDED,
+            _ => 0,
+        };
         let ill = self.is("fault-heals");
         for ring in &mut self.rings {
             ring.started = false;
@@ -302,6 +327,9 @@ impl Backend {
                     self.times_acked +=
                         u32::from(self.acked.is_none_or(|old| (old ^ value) & bit::LOG_ALL == 0));
                     self.acked = Some(value);
+                    if self.has(bit::PLATFORM) != self.memory.iotlb.is_some() {
+                        self.memory.iotlb = self.has(bit::PLATFORM).then(Default::default);
+                    }
                     if value & bit::PROTOCOL == 0 && !self.is("enabled-without-bit-30") {
                         self.rings.iter_mut().for_each(|ring| ring.enabled = true);
                     }
@@ -341,7 +369,8 @@ impl Backend {
             }
             10 => {
                 done = known;
-                let kept = self.is("begins-where-told") || self.is("reset-indices") && self.ever_started;
+                let again = self.is("reset-indices") || self.is("queue-reset");
+                let kept = self.is("begins-where-told") || again && self.ever_started;
                 if known && !kept {
                     self.rings[ring].set_base(num, self.acked.is_some_and(|acked| acked & bit::PACKED != 0));
                     self.read_used_index(ring);
@@ -355,6 +384,9 @@ impl Backend {
                 let runs_on = self.is("stopped-quiet");
                 self.rings[ring].started &= runs_on;
                 self.rings[ring].enabled |= runs_on;
+                if self.is("queue-reset-alone") {
+                    self.rings.iter_mut().for_each(|ring| ring.started = false);
+                }
                 let base = if self.is("stop-tells-where") { 0 } else { self.rings[ring].base(packed) };
                 let reply: Vec<u8> = [number.to_ne_bytes(), base.to_ne_bytes()].concat();
                 return own_reply(&reply);
@@ -404,6 +436,10 @@ impl Backend {
                 done |= self.is("queue-index-checked");
             }
             21 => self.channel = fds.pop().map(UnixStream::from),
+            22 => {
+                self.change_iotlb(&body)?;
+                return own_reply(&0u64.to_ne_bytes());
+            }
             24 => return self.get_config(stream, &body),
             25 => {
                 let offset = number as usize;
@@ -442,18 +478,40 @@ impl Backend {
             }
             42 => {
                 let Some(mut channel) = fds.pop().map(File::from) else { return Err(End::Connection) };
+                let mut theirs = None;
+                if self.has(bit::PACKED) {
+                    // As good a reason as any to want a channel of its own.
+                    let (reader, writer) = std::io::pipe().map_err(|_| End::Connection)?;
+                    let (near, far): (OwnedFd, OwnedFd) = if number == 0 {
+                        (writer.into(), reader.into())
+                    } else {
+                        (reader.into(), writer.into())
+                    };
+                    (channel, theirs) = (near.into(), Some(far));
+                }
                 if number == 0 {
                     let _ = channel.write_all(&self.config);
                 } else {
                     // Read when the front-end has written all.
                     self.loading = Some(channel);
                 }
-                return own_reply(&(1u64 << 8).to_ne_bytes());
+                return match theirs {
+                    Some(file) => Message::reply(stream, code, &0u64.to_ne_bytes(), &[file.as_fd()])
+                        .map_err(|_| End::Connection),
+                    None => own_reply(&(1u64 << 8).to_ne_bytes()),
+                };
             }
             43 => {
                 let loaded = self.loading.take().map_or(Ok(()), |mut file| file.read_exact(&mut self.config));
                 let failed = loaded.is_err() || self.is("device-state");
                 return own_reply(&u64::from(failed).to_ne_bytes());
+            }
+            44 => {
+                let mut sizes = [0u64; 256];
+                (sizes[0], sizes[3]) = (1 << 20, if self.is("shmem-config") { 0x1001 } else { 0x1000 });
+                let mut reply = [2u32.to_ne_bytes(), 0u32.to_ne_bytes()].concat();
+                reply.extend(sizes.iter().flat_map(|size| size.to_ne_bytes()));
+                return own_reply(&reply);
             }
             36 => return own_reply(&64u64.to_ne_bytes()),
             37 => {
@@ -472,7 +530,14 @@ impl Backend {
                     if starts && !self.accepts() {
                         new &= !FEATURES_OK;
                     }
-                    self.status |= new & !NEEDS_RESET;
+                    let live = self.status & DRIVER_OK != 0 || self.is("suspend-early");
+                    if new & SUSPENDED != 0 && live && self.has(bit::SUSPEND) {
+                        self.status = self.status & !DRIVER_OK | SUSPENDED;
+                        new &= !DRIVER_OK;
+                    } else if new & DRIVER_OK != 0 {
+                        self.status &= !SUSPENDED;
+                    }
+                    self.status |= new & !NEEDS_RESET & !SUSPENDED;
                     if !self.is("started-with-buffers") {
                         (0..QUEUES).try_for_each(|queue| self.work(queue))?;
                     }
@@ -492,6 +557,34 @@ impl Backend {
         if !done && matches!(code, 2 | 5) { Err(End::Connection) } else { Ok(()) }
     }
 
+    /// IOTLB_MSG: address, size, address of the front-end, rights and kind.
+    fn change_iotlb(&mut self, body: &[u8]) -> Result<(), End> {
+        let word = |at: usize| (&body[at..at + 8]).try_into().map_or(0, u64::from_ne_bytes);
+        let (first, size, user, kind) = (word(0), word(8), word(16), body[25]);
+        let Some(iotlb) = &mut self.memory.iotlb else { return Ok(()) };
+        for offset in (0..size).step_by(0x1000) {
+            match kind {
+                2 => drop(iotlb.insert(first + offset, user + offset)),
+                3 if self.mutant != "iotlb-invalidate" => drop(iotlb.remove(&(first + offset))),
+                _ => {}
+            }
+        }
+        if kind == 2 { (0..QUEUES).try_for_each(|queue| self.work(queue)) } else { Ok(()) }
+    }
+
+    /// Asks for a translation.
+    fn miss(&mut self, page: u64) {
+        let mut message = [1u32, 1, 32].map(u32::to_ne_bytes).concat();
+        message.extend(
+            [page, 0, 0, u64::from_ne_bytes([3, 1, 0, 0, 0, 0, 0, 0])].map(u64::to_ne_bytes).concat(),
+        );
+        if let Some(channel) = &mut self.channel
+            && self.mutant != "iotlb-miss"
+        {
+            let _ = channel.write_all(&message);
+        }
+    }
+
     fn set_table(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> bool {
         let count = field(body, 0) as usize;
         let loose = self.is("descriptors-counted");
@@ -500,6 +593,7 @@ impl Backend {
         }
         let mut next = Memory::default();
         next.log = self.memory.log.take();
+        next.iotlb = self.memory.iotlb.take();
         if self.is("memory-table-replaced") {
             next = std::mem::take(&mut self.memory);
         }

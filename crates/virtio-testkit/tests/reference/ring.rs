@@ -126,6 +126,10 @@ impl Backend {
             if self.is("full-ring") && served == 4 {
                 return Ok(());
             }
+            if let Some(page) = self.missing(queue) {
+                self.miss(page);
+                return Ok(());
+            }
             let mut batch = Vec::new();
             while self.available(queue) {
                 match self.pop(queue) {
@@ -177,6 +181,28 @@ impl Backend {
             }
         }
         Ok(())
+    }
+
+    /// The first page that is needed for the next step and whose translation is not known.
+    fn missing(&self, queue: usize) -> Option<u64> {
+        self.memory.iotlb.as_ref()?;
+        self.memory.missed.take();
+        let (ring, [table, driver, device]) = (&self.rings[queue], self.areas(queue));
+        let size = u64::from(ring.size);
+        let lens = if self.packed() { [16 * size, 4, 4] } else { [16 * size, 6 + 2 * size, 6 + 8 * size] };
+        for (area, len) in [table, driver, device].into_iter().zip(lens) {
+            let _ = self.memory.has(area, len);
+        }
+        if self.memory.missed.get().is_none() && self.available(queue) {
+            let at = ring.avail;
+            if self.packed() {
+                let _ = self.list(table, ring.size, at);
+            } else {
+                let head = self.memory.load16(driver + 4 + 2 * u64::from(at.0 % ring.size));
+                let _ = self.walk(table, ring.size, head);
+            }
+        }
+        self.memory.missed.take()
     }
 
     fn skip(&mut self, queue: usize) {

@@ -1,14 +1,13 @@
 //! vhost-user: messages, ring states, memory (the document's sections, by their headings).
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 
 use vhost_user::{
-    Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, LogArea, MigrationPhase, ProtocolFeatures as P,
-    TransferDirection, flags,
+    Error, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, LogArea, ProtocolFeatures as P, flags,
 };
 
 use super::line;
+use super::state::state;
 use crate::RingLayout;
 use crate::conformance::bench::Cut;
 use crate::conformance::socket::{base, region};
@@ -173,6 +172,12 @@ pub(super) fn lines() -> Vec<Line> {
             state,
         )
         .layouts(),
+        wire(
+            "shmem-config",
+            "VHOST_USER_GET_SHMEM_CONFIG",
+            "Shared memory regions are whole pages and stay what they are",
+            shmem_config,
+        ),
         wire(
             "unknown-refused",
             "Communication",
@@ -716,50 +721,20 @@ fn inband(bench: &mut Bench<'_>) -> Checked {
     Ok(())
 }
 
-/// More than any device has to say of itself.
-const MOST_STATE: u64 = 16 << 20;
-
-fn state(bench: &mut Bench<'_>) -> Checked {
-    let (setup, patience) = (bench.setup, bench.patience);
-    bench.host.wire()?.renew_with(&setup, P::DEVICE_STATE)?;
-    bench.host.wire()?.now()?.need(P::DEVICE_STATE)?;
+/// Constant for the connection, whole pages.
+fn shmem_config(bench: &mut Bench<'_>) -> Checked {
+    let setup = bench.setup;
+    bench.host.wire()?.renew_with(&setup, P::SHMEM_MAP | P::BACKEND_SEND_FD)?;
+    let now = bench.host.wire()?.now()?;
+    now.need(P::SHMEM_MAP)?;
+    let regions = now.endpoint.get_shmem_config()?;
+    let page = rustix::param::page_size() as u64;
+    if let Some((id, size)) = regions.iter().find(|(_, size)| !size.is_multiple_of(page)) {
+        return broken(format!("region {id} has {size} bytes"));
+    }
     bench.go()?;
-    let queue = bench.queue()?;
-    bench.ask(queue)?;
-    for every in 0..bench.host.queues() {
-        bench.host.stop_ring(every)?;
-    }
-    let channel = || -> Checked<(UnixStream, UnixStream)> {
-        let (ours, theirs) = UnixStream::pair().map_err(Error::Io)?;
-        ours.set_read_timeout(Some(patience)).map_err(Error::Io)?;
-        ours.set_write_timeout(Some(patience)).map_err(Error::Io)?;
-        Ok((ours, theirs))
-    };
-    let endpoint = &mut bench.host.wire()?.now()?.endpoint;
-    let (ours, theirs) = channel()?;
-    let better =
-        endpoint.set_device_state_fd(TransferDirection::Save, MigrationPhase::Stopped, theirs.as_fd())?;
-    drop(theirs);
-    if better.is_some() {
-        return not_applicable("the back-end wants a channel of its own kind");
-    }
-    let mut saved = Vec::new();
-    if let Err(error) = ours.take(MOST_STATE).read_to_end(&mut saved) {
-        return broken(format!("the state does not come to an end: {error}"));
-    }
-    endpoint.check_device_state()?;
-    let (mut ours, theirs) = channel()?;
-    endpoint.set_device_state_fd(TransferDirection::Load, MigrationPhase::Stopped, theirs.as_fd())?;
-    drop(theirs);
-    if let Err(error) = ours.write_all(&saved) {
-        return broken(format!("the state is not read: {error}"));
-    }
-    drop(ours);
-    endpoint.check_device_state()?;
-    for every in 0..bench.host.queues() {
-        bench.host.start_ring(every)?;
-    }
-    (0..3).try_for_each(|_| bench.ask(queue))
+    let again = bench.host.wire()?.now()?.endpoint.get_shmem_config()?;
+    if again == regions { Ok(()) } else { broken(format!("{regions:?}, then {again:?}")) }
 }
 
 fn unknown(bench: &mut Bench<'_>) -> Checked {

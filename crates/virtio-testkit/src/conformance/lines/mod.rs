@@ -1,10 +1,13 @@
 //! The table of lines, and what is common to writing them.
 mod faults;
+mod iommu;
 mod layouts;
 mod lifecycle;
 mod messages;
 mod negotiation;
+mod pauses;
 mod rings;
+mod state;
 
 use vm_virtio::Features;
 
@@ -20,7 +23,9 @@ pub(super) fn all() -> Vec<Line> {
         lifecycle::lines(),
         rings::lines(),
         layouts::lines(),
+        pauses::lines(),
         messages::lines(),
+        iommu::lines(),
         faults::lines(),
     ]
     .into_iter()

@@ -3,16 +3,10 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::io::Read;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::FdFlags;
 
 use crate::failure::Failure;
 use crate::interrupt;
@@ -22,7 +16,6 @@ use crate::scratch::Scratch;
 /// Names the folder with the daemons' binaries; `cargo xtask test` sets it.
 pub const VARIABLE: &str = "BACKPLANE_DAEMONS";
 
-const READY: &[u8] = b"READY=1\n";
 const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// A daemon and its command line.
@@ -123,49 +116,21 @@ impl Daemon {
             .append(true)
             .open(&log)
             .map_err(Failure::io(format_args!("open {}", log.display())))?;
-        let (mut reader, writer) = std::io::pipe().map_err(Failure::io("make a pipe"))?;
-        let number = writer.as_raw_fd();
-        let mut command = Command::new(&self.program);
-        command.args(&self.arguments).arg("--ready-fd").arg(number.to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        // SAFETY: between fork and exec one system call is made on a descriptor that `writer` keeps open until the
-        // child was started; no allocation.
-        unsafe {
-            command.pre_exec(move || {
-                let fd = BorrowedFd::borrow_raw(number);
-                rustix::io::fcntl_setfd(fd, FdFlags::empty()).map_err(Into::into)
-            });
-        }
+        let mut command = virtio_testkit::daemon::announcing(&self.program);
+        command.args(&self.arguments).stderr(stderr);
         let begun = Instant::now();
         let mut child = Owned::spawn(&mut command)
             .map_err(Failure::io(format_args!("start {}", self.program.display())))?;
-        drop(writer);
-        let mut said = Vec::new();
-        while said != READY {
-            if let Some(signal) = interrupt::caught() {
-                return Err(Failure::new(format!("stopped by signal {signal}")));
-            }
-            if begun.elapsed() > START_LIMIT {
-                return Err(self.failure("did not get ready within ten seconds"));
-            }
-            let mut waiting = [PollFd::new(&reader, PollFlags::IN)];
-            let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-            if poll(&mut waiting, Some(&tick)).is_ok_and(|ready| ready > 0) {
-                let mut bytes = [0; 64];
-                match reader.read(&mut bytes) {
-                    Ok(0) | Err(_) => {
-                        let end = child.wait_for(Duration::from_secs(1)).map_err(Failure::io("wait"))?;
-                        let how =
-                            end.map_or("goes on without having said so".to_owned(), |end| end.to_string());
-                        return Err(self.failure(&format!("closed --ready-fd before it was ready: {how}")));
-                    }
-                    Ok(more) => said.extend_from_slice(&bytes[..more]),
-                }
-                if !READY.starts_with(&said) {
-                    let text = String::from_utf8_lossy(&said).into_owned();
-                    return Err(self.failure(&format!("wrote {text:?} to --ready-fd, which is no readiness")));
-                }
-            }
+        let mut word = child.child().stdout.take().ok_or_else(|| Failure::new("no pipe to the daemon"))?;
+        let patient = || interrupt::caught().is_none() && begun.elapsed() < START_LIMIT;
+        let ready = virtio_testkit::daemon::await_ready(&mut word, patient);
+        if let Some(signal) = interrupt::caught() {
+            return Err(Failure::new(format!("stopped by signal {signal}")));
+        }
+        if let Err(what) = ready {
+            let end = child.wait_for(Duration::from_secs(1)).map_err(Failure::io("wait"))?;
+            let how = end.map_or("and goes on".to_owned(), |end| end.to_string());
+            return Err(self.failure(&format!("{what}: {how}")));
         }
         self.ready_after = begun.elapsed();
         self.running = Some(child);

@@ -20,7 +20,7 @@ fn status_shows_both_guests() {
     let out = daemon.ctl(&["status"]).ok();
     assert!(out.contains("vhost-device-rng 0.") && out.contains("log level warn"), "{out}");
     assert!(
-        out.contains(&format!("guest 0: entropy at {}/vm0, no front-end", daemon.folder.display())),
+        out.contains(&format!("guest 0: entropy at {}/vm0, no front-end", daemon.folder.path().display())),
         "{out}"
     );
     assert!(

@@ -301,7 +301,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::testing::TempDir;
+    use virtio_testkit::daemon::TempDir;
 
     #[derive(Debug, clap::Parser)]
     struct Args {

@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn a_connected_and_a_listening_socket_are_told_apart() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let dir = crate::testing::TempDir::new();
+        let dir = virtio_testkit::daemon::TempDir::new();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
         let fds = [pass(ours), pass(listener)];
         let endpoints = sockets(&fds).unwrap();

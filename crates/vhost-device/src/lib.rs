@@ -98,8 +98,6 @@ mod session;
 mod sigbus;
 mod signals;
 mod task;
-#[cfg(test)]
-mod testing;
 mod upcalls;
 
 pub use cli::{CommonArgs, UsageError};

@@ -277,7 +277,7 @@ pub(crate) fn raise_descriptor_limit() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::TempDir;
+    use virtio_testkit::daemon::TempDir;
 
     fn error(path: impl AsRef<Path>) -> ListenError {
         Listener::bind(path.as_ref()).map(|_| ()).unwrap_err()

@@ -75,7 +75,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
-    use crate::testing::TempDir;
+    use virtio_testkit::daemon::TempDir;
 
     #[test]
     fn peers_all_daemons_readiness_is_announced_on_a_path_and_an_abstract_name() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value as Json, json};
-use support::process::Process;
+use support::process::{Process, ready};
 use support::*;
 use vhost_device::control::{MAX_CLIENTS, MAX_LINE, MAX_WATCHES};
 use virtio_testkit::{RingLayout, VhostUserDriver};
@@ -27,7 +27,7 @@ impl Rig {
         let socket = dir.path().join("s");
         let control = dir.path().join("control");
         let args = ["-s", socket.to_str().unwrap(), "-c", "2", "--control-socket", control.to_str().unwrap()];
-        let process = Process::ready(&args);
+        let process = ready(&args);
         Rig { dir, process }
     }
 
@@ -123,7 +123,7 @@ fn status_tells_each_guests_story() {
     assert_eq!(before["guests"][1]["status"], json!([]));
     assert!(before["guests"][1]["socket"].as_str().unwrap().ends_with("/s1"));
     assert!(before["process"]["resident_bytes"].as_u64().unwrap() > 100_000);
-    assert_eq!(before["process"]["pid"], rig.process.0.id());
+    assert_eq!(before["process"]["pid"], rig.process.id());
 
     let mut driver = rig.driver(1);
     ask(&mut driver, 0, b"x");

@@ -4,7 +4,7 @@ mod support;
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use support::process::Process;
+use support::process::ready;
 use support::*;
 use vhost_user::{FrontendEndpoint, flags};
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver};
@@ -54,7 +54,7 @@ fn visit(path: &std::path::Path, n: u32, files: &[BorrowedFd<'_>]) {
 fn ten_thousand_connections_leave_nothing_behind() {
     let dir = TempDir::new();
     let path = dir.path().join("socket");
-    let daemon = Process::ready(&["--socket-path", path.to_str().unwrap()]);
+    let daemon = ready(&["--socket-path", path.to_str().unwrap()]);
     let ram = TestRam::new(&[(0, 1 << 20)]);
     let (socket, _other_end) = std::os::unix::net::UnixStream::pair().unwrap();
     let files = [ram.fd(), socket.as_fd(), ram.fd()];
@@ -64,7 +64,7 @@ fn ten_thousand_connections_leave_nothing_behind() {
         assert_eq!(ask(&mut driver, 0, b"well"), b"well");
         driver.reset().unwrap();
         drop(driver);
-        eventually("the end of the connection", || daemon.mappings() == 0);
+        eventually("the end of the connection", || daemon.mappings_of("memfd") == 0);
         // The connection's other files go a moment later.
         let (mut fds, mut same) = (daemon.count("fd"), 0);
         while same < 50 {

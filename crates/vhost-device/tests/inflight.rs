@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::Signal;
-use support::process::Process;
+use support::process::{Process, ready};
 use support::*;
 use vhost_user::{Error, InflightArea, ProtocolFeatures};
 use virtio_testkit::{Buf, RingLayout, VhostUserDriver, VhostUserOptions};
@@ -41,7 +41,7 @@ impl World {
     fn start(layout: RingLayout, with: Features) -> World {
         let dir = TempDir::new();
         let socket = dir.path().join("s");
-        let process = Process::ready(&["-s", socket.to_str().unwrap()]);
+        let process = ready(&["-s", socket.to_str().unwrap()]);
         let driver = VhostUserDriver::connect(&socket, tracked(layout, with)).unwrap();
         assert!(driver.protocol_features().contains(ProtocolFeatures::INFLIGHT_SHMFD));
         World { process, _dir: dir, socket, driver, next: 0, out: HashMap::new(), answered: Vec::new() }
@@ -88,7 +88,7 @@ impl World {
     }
 
     fn restart(&mut self) {
-        self.process = Process::ready(&["-s", self.socket.to_str().unwrap()]);
+        self.process = ready(&["-s", self.socket.to_str().unwrap()]);
         self.driver.reconnect(&self.socket).unwrap();
     }
 
@@ -300,7 +300,7 @@ fn policy_6_a_buffer_that_is_truncated_fails_its_device_and_nothing_else() {
     for layout in RingLayout::ALL {
         let dir = TempDir::new();
         let base = dir.path().join("s");
-        let mut process = Process::ready(&["-s", base.to_str().unwrap(), "-c", "2"]);
+        let mut process = ready(&["-s", base.to_str().unwrap(), "-c", "2"]);
         let socket = |i: u32| dir.path().join(format!("s{i}"));
         let mut other = VhostUserDriver::connect(socket(1), options(layout)).unwrap();
         let endpoint = vhost_user::FrontendEndpoint::connect(socket(0)).unwrap();
@@ -318,6 +318,6 @@ fn policy_6_a_buffer_that_is_truncated_fails_its_device_and_nothing_else() {
         driver.reset().unwrap();
         driver.start().unwrap();
         assert_eq!(ask(&mut driver, 0, b"three"), b"three");
-        assert!(process.0.try_wait().unwrap().is_none(), "the daemon lives");
+        assert!(process.is_running(), "the daemon lives");
     }
 }

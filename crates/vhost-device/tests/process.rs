@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use support::process::{Process, pass, program};
+use support::process::{Process, pass, program, ready};
 use support::*;
 use vhost_user::{FrontendEndpoint, MemoryRegion, ProtocolFeatures};
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
@@ -68,15 +68,14 @@ fn a_socket_in_use_is_refused_with_code_1_and_a_stale_one_is_replaced() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
     let path = socket.to_str().unwrap();
-    let mut first = Process::ready(&["-s", path]);
+    let first = ready(&["-s", path]);
     let (code, _, err) = output(&["-s", path]);
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("another process listens"), "{err}");
     assert_eq!(ask(&mut driver(&socket), 0, b"not disturbed"), b"not disturbed");
-    first.0.kill().unwrap();
-    first.0.wait().unwrap();
+    first.kill();
     assert!(socket.exists(), "a killed daemon leaves its socket");
-    let mut second = Process::ready(&["-s", path]);
+    let mut second = ready(&["-s", path]);
     assert_eq!(ask(&mut driver(&socket), 0, b"x"), b"x");
     second.signal(Signal::TERM);
     assert_eq!(second.ended().code(), Some(0));
@@ -91,11 +90,11 @@ fn of_daemons_that_start_at_once_on_one_path_one_serves() {
     for _ in 0..5 {
         drop(UnixListener::bind(&socket).unwrap());
         let mut all: Vec<_> = (0..4)
-            .map(|_| Process::start(Command::new(program()).arg("-s").arg(&socket).stderr(Stdio::null())))
+            .map(|_| Process::spawn(Command::new(program()).arg("-s").arg(&socket).stderr(Stdio::null())))
             .collect();
         let mut ended = 0;
         eventually("the end of all but one", || {
-            all.retain_mut(|process| match process.0.try_wait().unwrap() {
+            all.retain_mut(|process| match process.child().try_wait().unwrap() {
                 Some(status) => {
                     assert_eq!(status.code(), Some(1));
                     ended += 1;
@@ -118,7 +117,7 @@ fn peers_all_daemons_sigterm_and_sigint_finish_requests_and_leave_no_socket() {
     for signal in [Signal::TERM, Signal::INT] {
         let dir = TempDir::new();
         let base = dir.path().join("s");
-        let mut process = Process::ready(&["-s", base.to_str().unwrap(), "-c", "3"]);
+        let mut process = ready(&["-s", base.to_str().unwrap(), "-c", "3"]);
         let mut driver = driver(&dir.path().join("s1"));
         submit(&mut driver, 0, b"H");
         assert_eq!(ask(&mut driver, 0, b"N"), [2]);
@@ -133,14 +132,14 @@ fn peers_all_daemons_sigterm_and_sigint_finish_requests_and_leave_no_socket() {
 fn a_second_signal_ends_at_once() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let mut process = Process::ready(&["-s", socket.to_str().unwrap()]);
+    let mut process = ready(&["-s", socket.to_str().unwrap()]);
     let mut driver = driver(&socket);
     submit(&mut driver, 0, b"K");
     assert_eq!(ask(&mut driver, 0, b"N"), [2]);
     let asked = Instant::now();
     process.signal(Signal::TERM);
     std::thread::sleep(Duration::from_millis(100));
-    assert!(process.0.try_wait().unwrap().is_none(), "it waits for the request");
+    assert!(process.is_running(), "it waits for the request");
     process.signal(Signal::TERM);
     assert_eq!(process.ended().code(), Some(1));
     assert!(asked.elapsed() < Duration::from_secs(2), "sooner than the deadline");
@@ -151,7 +150,7 @@ fn a_second_signal_ends_at_once() {
 fn requests_that_hang_do_not_keep_the_daemon_from_ending() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let mut process = Process::ready(&["-s", socket.to_str().unwrap()]);
+    let mut process = ready(&["-s", socket.to_str().unwrap()]);
     let mut driver = driver(&socket);
     submit(&mut driver, 0, b"K");
     assert_eq!(ask(&mut driver, 0, b"N"), [2]);
@@ -170,7 +169,7 @@ fn peers_all_daemons_readiness_comes_after_the_sockets() {
     manager.set_read_timeout(Some(SOON)).unwrap();
     let mut command = Command::new(program());
     command.arg("-s").arg(&socket).env("NOTIFY_SOCKET", &notify).stderr(Stdio::null());
-    let mut process = Process::start(&mut command);
+    let mut process = Process::spawn(&mut command);
     let mut text = [0; 64];
     let n = manager.recv(&mut text).unwrap();
     assert_eq!(&text[..n], b"READY=1\n");
@@ -188,7 +187,7 @@ fn peers_all_daemons_a_connected_socket_is_served_to_its_end() {
     let mut command = Command::new(program());
     command.args(["--fd", "7"]).stderr(Stdio::null());
     pass(&mut command, &[(theirs.as_raw_fd(), 7)]);
-    let mut process = Process::start(&mut command);
+    let mut process = Process::spawn(&mut command);
     drop(theirs);
     let mut driver =
         VhostUserDriver::attach(FrontendEndpoint::new(ours), options(RingLayout::Split)).unwrap();
@@ -207,7 +206,7 @@ fn peers_all_daemons_listening_sockets_are_served_and_left_alone() {
     let mut command = Command::new(program());
     command.args(["--fd", "7", "--fd", "8"]).stderr(Stdio::null());
     pass(&mut command, &[(listeners[0].as_raw_fd(), 7), (listeners[1].as_raw_fd(), 8)]);
-    let mut process = Process::start(&mut command);
+    let mut process = Process::spawn(&mut command);
     for path in paths.iter().chain(&paths) {
         assert_eq!(ask(&mut driver(path), 0, b"x"), b"x");
     }
@@ -225,7 +224,7 @@ fn peers_all_daemons_socket_activation_is_served() {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\""]).arg(program()).stderr(Stdio::null());
     pass(&mut command, &[(listener.as_raw_fd(), 3)]);
-    let mut process = Process::start(&mut command);
+    let mut process = Process::spawn(&mut command);
     assert_eq!(ask(&mut driver(&path), 0, b"x"), b"x");
     process.signal(Signal::TERM);
     assert_eq!(process.ended().code(), Some(0));
@@ -236,7 +235,7 @@ fn features_are_withheld() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
     let names = "ring_packed,event_idx,indirect_desc,in_order,access_platform";
-    let _process = Process::ready(&["-s", socket.to_str().unwrap(), "--without", names]);
+    let _process = ready(&["-s", socket.to_str().unwrap(), "--without", names]);
     let mut driver = driver(&socket);
     let offered = driver.offered();
     assert_eq!(offered, vm_virtio::Features::VERSION_1 | echo::FEATURE);
@@ -247,7 +246,7 @@ fn features_are_withheld() {
 fn polling_serves_as_well() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let _process = Process::ready(&["-s", socket.to_str().unwrap(), "--poll-us", "200"]);
+    let _process = ready(&["-s", socket.to_str().unwrap(), "--poll-us", "200"]);
     let mut driver = driver(&socket);
     for i in 0..200u8 {
         assert_eq!(ask(&mut driver, 0, &[b'x', i]), [b'x', i]);
@@ -262,7 +261,7 @@ fn peers_all_daemons_what_goes_wrong_is_logged_and_a_flood_is_cut() {
     let log = dir.path().join("log");
     let mut command = Command::new(program());
     command.arg("-s").arg(&socket).stderr(File::create(&log).unwrap());
-    let mut process = Process::start(&mut command);
+    let mut process = Process::spawn(&mut command);
     let mut endpoint = {
         eventually("the socket", || UnixStream::connect(&socket).is_ok());
         let mut endpoint = FrontendEndpoint::connect(&socket).unwrap();
@@ -286,11 +285,12 @@ fn peers_all_daemons_what_goes_wrong_is_logged_and_a_flood_is_cut() {
 fn front_ends_that_come_and_go_leave_nothing_behind() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let process = Process::ready(&["-s", socket.to_str().unwrap(), "--log-level", "off"]);
+    let process = ready(&["-s", socket.to_str().unwrap(), "--log-level", "off"]);
     drop(driver(&socket));
     let idle = |process: &Process| {
         eventually("the end of the connection", || {
-            process.mappings() == 0 && FrontendEndpoint::connect(&socket).unwrap().get_features().is_ok()
+            process.mappings_of("memfd") == 0
+                && FrontendEndpoint::connect(&socket).unwrap().get_features().is_ok()
         });
         // The question itself was a connection.
         std::thread::sleep(Duration::from_millis(50));
@@ -320,12 +320,12 @@ fn front_ends_that_come_and_go_leave_nothing_behind() {
 fn five_hundred_slots_cost_no_descriptors() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let process = Process::ready(&["-s", socket.to_str().unwrap()]);
+    let process = ready(&["-s", socket.to_str().unwrap()]);
     let before = process.count("fd");
     let options = VhostUserOptions { ram: TestRam::spread(500, 0x2000), ..options(RingLayout::Split) };
     let mut driver = VhostUserDriver::connect(&socket, options).unwrap();
     assert_eq!(ask(&mut driver, 0, b"x"), b"x");
-    assert_eq!(process.mappings(), 500);
+    assert_eq!(process.mappings_of("memfd"), 500);
     assert!(process.count("fd") < before + 20);
     let slots = ProtocolFeatures::CONFIGURE_MEM_SLOTS;
     assert!(driver.protocol_features().contains(slots));
@@ -340,10 +340,10 @@ fn want_of_descriptors_is_an_error_and_no_more() {
     for limit in (4..48).step_by(2) {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" -s \"$1\" --log-level off")]);
-        let mut process = Process::start(command.arg(program()).arg(&socket).stderr(Stdio::null()));
+        let mut process = Process::spawn(command.arg(program()).arg(&socket).stderr(Stdio::null()));
         let (mut ended, mut endpoint) = (None, None);
         eventually("a socket or an end", || {
-            ended = process.0.try_wait().unwrap();
+            ended = process.child().try_wait().unwrap();
             endpoint = FrontendEndpoint::connect(&socket).ok();
             ended.is_some() || endpoint.is_some()
         });
@@ -364,7 +364,7 @@ fn want_of_descriptors_is_an_error_and_no_more() {
             }
             Err(_) => false,
         };
-        let mut ended = process.0.try_wait().unwrap();
+        let mut ended = process.child().try_wait().unwrap();
         if ended.is_none() {
             let used = std::fs::read_to_string(process.proc("stat")).unwrap();
             let ticks: u64 = used.split_whitespace().nth(13).unwrap().parse().unwrap();
@@ -390,7 +390,7 @@ fn want_of_descriptors_is_an_error_and_no_more() {
 fn an_idle_daemon_sleeps_and_is_small() {
     let dir = TempDir::new();
     let socket = dir.path().join("s");
-    let process = Process::ready(&["-s", socket.to_str().unwrap()]);
+    let process = ready(&["-s", socket.to_str().unwrap()]);
     let mut driver = driver(&socket);
     assert_eq!(ask(&mut driver, 0, b"x"), b"x");
     std::thread::sleep(Duration::from_millis(50));
@@ -415,7 +415,7 @@ fn an_idle_daemon_sleeps_and_is_small() {
 fn replies_that_nobody_reads_are_bounded() {
     let dir = TempDir::new();
     let base = dir.path().join("s");
-    let process = Process::ready(&["-s", base.to_str().unwrap(), "-c", "2", "--log-level", "off"]);
+    let process = ready(&["-s", base.to_str().unwrap(), "-c", "2", "--log-level", "off"]);
     let mut deaf = FrontendEndpoint::connect(dir.path().join("s0")).unwrap();
     deaf.set_timeout(Duration::from_millis(200));
     let message = [1u32, 1, 0].map(u32::to_ne_bytes).concat().repeat(1000);

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{EventfdFlags, eventfd};
-use support::process::Process;
+use support::process::{Process, ready};
 use support::*;
 use virtio_testkit::{Buf, RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{GuestAddress, Status};
@@ -52,7 +52,7 @@ impl Guests {
         let control = dir.path().join("control");
         let arguments =
             ["-s", base.to_str().unwrap(), "-c", "2", "--control-socket", control.to_str().unwrap()];
-        let process = Process::ready(&arguments);
+        let process = ready(&arguments);
         let socket = |i: u32| dir.path().join(format!("s{i}"));
         let theirs = VhostUserOptions { ram: memory(), ..options(layout) };
         let mut bad = VhostUserDriver::connect(socket(0), theirs).unwrap();
@@ -88,7 +88,7 @@ impl Guests {
         assert_eq!(ask(&mut self.bad, 0, b"again"), b"again");
         assert!(!needs_reset(&mut self.bad));
         assert_eq!(ask(&mut self.good, 0, b"fine"), b"fine");
-        assert!(self.process.0.try_wait().unwrap().is_none(), "the daemon lives");
+        assert!(self.process.is_running(), "the daemon lives");
     }
 }
 
@@ -154,7 +154,7 @@ fn policy_6_a_front_end_that_truncates_everything_and_vanishes_ends_nobody() {
         let socket = guests.dir.path().join("s0");
         let mut next = VhostUserDriver::connect(socket, options(layout)).unwrap();
         assert_eq!(ask(&mut next, 0, b"new"), b"new");
-        assert!(guests.process.0.try_wait().unwrap().is_none(), "the daemon lives");
+        assert!(guests.process.is_running(), "the daemon lives");
     }
 }
 

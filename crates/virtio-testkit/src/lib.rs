@@ -12,6 +12,7 @@
 //! | [`SharedMemory`] | a VMM that maps what a back-end asks it to |
 //! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
 //! | [`mod@conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
+//! | [`mod@daemon`] | a daemon as a process: started, ready, ended, never left behind |
 //! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
 //!
 //! # A device test
@@ -26,6 +27,7 @@
 
 pub mod conformance;
 mod connect;
+pub mod daemon;
 pub mod hostile;
 pub mod load;
 mod memory_host;

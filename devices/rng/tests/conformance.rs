@@ -8,8 +8,8 @@ virtio_testkit::conformance!(
     Subject::ENTROPY,
     device = || Rng::new(&Entropy::insecure_seeded(7), 0, None).expect("an entropy device"),
     daemon = || {
-        let directory = support::Directory::new();
-        let socket = directory.path("rng.sock");
-        ((support::Daemon::start(&socket, &[]), directory), socket)
+        let directory = virtio_testkit::daemon::TempDir::new();
+        let socket = directory.join("rng.sock");
+        ((support::start(&socket, &[]), directory), socket)
     },
 );

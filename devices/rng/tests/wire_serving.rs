@@ -4,15 +4,16 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{Daemon, Directory, SOON, ask, connect, connect_with};
+use support::{SOON, ask, connect, connect_with, start};
 use vhost_user::ProtocolFeatures;
+use virtio_testkit::daemon::{DaemonProcess, TempDir};
 use virtio_testkit::{Buf, Interrupts, RingLayout, Shape, TestRam, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{Features, GuestAddress, Status};
 
-fn started(args: &[&str]) -> (Directory, std::path::PathBuf, Daemon) {
-    let directory = Directory::new();
-    let socket = directory.path("rng.sock");
-    let daemon = Daemon::start(&socket, args);
+fn started(args: &[&str]) -> (TempDir, std::path::PathBuf, DaemonProcess) {
+    let directory = TempDir::new();
+    let socket = directory.join("rng.sock");
+    let daemon = start(&socket, args);
     (directory, socket, daemon)
 }
 
@@ -153,7 +154,7 @@ fn killed_and_started_again_under_a_running_guest() {
             driver.ring(0).add(&[*buf]);
         }
         assert_eq!(directory.names(), ["rng.sock"], "a killed daemon leaves its socket");
-        let _daemon = Daemon::start(&socket, &[]);
+        let _daemon = start(&socket, &[]);
         driver.reconnect(&socket).unwrap();
         for _ in &waiting {
             assert_eq!(driver.wait_used(0, SOON).expect("an answer").len, 64);
@@ -190,7 +191,7 @@ fn a_reset_through_the_status_starts_over() {
 #[test]
 fn two_guests_on_one_daemon() {
     let (directory, _socket, mut daemon) = started(&["--socket-count", "2", "--seed", "1"]);
-    let sockets = [directory.path("rng.sock0"), directory.path("rng.sock1")];
+    let sockets = [directory.join("rng.sock0"), directory.join("rng.sock1")];
     let mut one = connect(&sockets[0], RingLayout::Split);
     let mut two = connect(&sockets[1], RingLayout::Packed);
     assert_ne!(ask(&mut one, 64), ask(&mut two, 64), "guests do not get each other's bytes");
@@ -221,8 +222,8 @@ fn two_guests_on_one_daemon() {
 fn peers_rng_rate_limit_does_not_sleep_in_the_queue_thread() {
     let args = ["--seed", "1", "--max-bytes", "200", "--period", "400", "--socket-count", "2"];
     let (directory, _socket, _daemon) = started(&args);
-    let mut driver = connect(&directory.path("rng.sock0"), RingLayout::Split);
-    let mut other = connect(&directory.path("rng.sock1"), RingLayout::Split);
+    let mut driver = connect(&directory.join("rng.sock0"), RingLayout::Split);
+    let mut other = connect(&directory.join("rng.sock1"), RingLayout::Split);
     let start = Instant::now();
     assert_eq!(ask(&mut driver, 64).len(), 64);
     assert_eq!(ask(&mut driver, 64).len(), 36, "half of the bytes are this guest's");
@@ -233,7 +234,7 @@ fn peers_rng_rate_limit_does_not_sleep_in_the_queue_thread() {
     assert!(driver.status().unwrap().contains(Status::DRIVER_OK));
     assert_eq!(ask(&mut other, 64).len(), 64, "the other guest has its own half");
     driver.stop().unwrap();
-    driver.reconnect(directory.path("rng.sock0")).unwrap();
+    driver.reconnect(directory.join("rng.sock0")).unwrap();
     let held = start.elapsed() < Duration::from_millis(300);
     assert_eq!(driver.wait_used(0, SOON).expect("an answer").len, 64);
     assert!(held, "nothing waited for the period");
@@ -272,7 +273,7 @@ fn nothing_happens_while_nothing_is_asked() {
     ask(&mut driver, 64);
     std::thread::sleep(Duration::from_millis(100));
     let switches = || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
         let mut all = Vec::new();
         for task in tasks {
             let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();

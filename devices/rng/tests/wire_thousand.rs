@@ -4,7 +4,8 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use support::{Daemon, Directory, SOON};
+use support::{SOON, start};
+use virtio_testkit::daemon::TempDir;
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 
 const GUESTS: usize = 1000;
@@ -45,8 +46,8 @@ fn ask(driver: &mut VhostUserDriver) {
 
 #[test]
 fn a_thousand_idle_devices_take_few_threads_little_memory_and_no_wake_ups() {
-    let directory = Directory::new();
-    let base = directory.path("s");
+    let directory = TempDir::new();
+    let base = directory.join("s");
     // A device takes a dozen descriptors here, a connected driver some more there.
     let needed = 14 * GUESTS as u64;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
@@ -54,8 +55,8 @@ fn a_thousand_idle_devices_take_few_threads_little_memory_and_no_wake_ups() {
         println!("SKIP: a thousand devices need {needed} descriptors, the limit here is {limit:?}");
         return;
     }
-    let daemon = Daemon::start(&base, &["--socket-count", "1000", "--threads", "4"]);
-    let socket = |guest: usize| directory.path(&format!("s{guest}"));
+    let daemon = start(&base, &["--socket-count", "1000", "--threads", "4"]);
+    let socket = |guest: usize| directory.join(&format!("s{guest}"));
     // Some are connected, with a ring that waits for a kick; most are just there.
     let mut drivers: Vec<VhostUserDriver> = (0..GUESTS)
         .step_by(20)
@@ -64,7 +65,7 @@ fn a_thousand_idle_devices_take_few_threads_little_memory_and_no_wake_ups() {
         })
         .collect();
     drivers.iter_mut().for_each(ask);
-    let pid = daemon.pid();
+    let pid = daemon.id();
     let threads = status(pid, "Threads:");
     assert!(threads <= 16, "{threads} threads");
     let resident = status(pid, "VmRSS:");

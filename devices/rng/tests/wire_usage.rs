@@ -2,14 +2,15 @@
 #![cfg(feature = "daemon")]
 mod support;
 
-use support::{Daemon, Directory, ask, connect, run};
+use support::{ask, connect, run, start};
 use virtio_testkit::RingLayout;
+use virtio_testkit::daemon::TempDir;
 
 /// Exit code 2, nothing left behind, and a message with these words.
 #[track_caller]
 fn refused(args: &[&str], words: &[&str]) {
-    let directory = Directory::new();
-    let socket = directory.path("rng.sock");
+    let directory = TempDir::new();
+    let socket = directory.join("rng.sock");
     let mut all = vec!["--socket-path", socket.to_str().unwrap()];
     all.extend(args);
     let output = run(&all);
@@ -36,8 +37,8 @@ fn senseless_command_lines_are_refused_before_a_socket_exists() {
 
 #[test]
 fn the_flags_that_users_know() {
-    let directory = Directory::new();
-    let socket = directory.path("rng.sock");
+    let directory = TempDir::new();
+    let socket = directory.join("rng.sock");
     let path = socket.to_str().unwrap();
     for (short, source, count, period, bytes) in [
         ("-s", "-f", "-c", "-p", "-m"),
@@ -48,21 +49,21 @@ fn the_flags_that_users_know() {
         let output = run(&[&["--socket-path", path, short, path][..], &args].concat());
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(text.contains("cannot be used multiple times"), "{text}");
-        let _daemon = Daemon::start(&socket, &args);
-        assert_eq!(ask(&mut connect(&directory.path("rng.sock1"), RingLayout::Split), 64).len(), 64);
+        let _daemon = start(&socket, &args);
+        assert_eq!(ask(&mut connect(&directory.join("rng.sock1"), RingLayout::Split), 64).len(), 64);
     }
 }
 
 #[test]
 fn the_socket_is_the_exact_path_unless_counted() {
-    let directory = Directory::new();
-    let socket = directory.path("rng.sock");
-    let daemon = Daemon::start(&socket, &[]);
+    let directory = TempDir::new();
+    let socket = directory.join("rng.sock");
+    let daemon = start(&socket, &[]);
     assert_eq!(directory.names(), ["rng.sock"]);
     assert!(daemon.terminate().success());
     assert_eq!(directory.names(), Vec::<String>::new(), "no socket is left behind");
 
-    let daemon = Daemon::start(&socket, &["--socket-count", "1"]);
+    let daemon = start(&socket, &["--socket-count", "1"]);
     assert_eq!(directory.names(), ["rng.sock0"]);
     assert!(daemon.terminate().success());
     assert_eq!(directory.names(), Vec::<String>::new());

@@ -1,10 +1,9 @@
 //! Real daemons for vhost-ctl, and vhost-ctl itself.
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use virtio_testkit::daemon::{DaemonProcess, TempDir, announcing};
 use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
 
 /// Where cargo puts what it builds for these tests, and whether that is a release.
@@ -32,10 +31,10 @@ fn programs() -> &'static Path {
     })
 }
 
-/// A daemon of two guests with a control socket, in a folder of its own.
+/// A daemon of two guests with a control socket, in a directory of its own.
 pub(crate) struct Daemon {
-    child: Child,
-    pub(crate) folder: PathBuf,
+    _process: DaemonProcess,
+    pub(crate) folder: TempDir,
 }
 
 impl Daemon {
@@ -50,19 +49,11 @@ impl Daemon {
     }
 
     fn start(program: &str) -> Daemon {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vhost-ctl-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let folder = std::env::temp_dir().join(name);
-        std::fs::create_dir(&folder).unwrap();
-        let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
-        let script = r#"exec "$0" --ready-fd 3 --log-level warn "$@" 3>&1 >&2"#;
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).arg(programs().join(program));
-        command.args(["--socket-path", &path("vm"), "--socket-count", "2", "--control-socket", &path("ctl")]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut word = [0; 7];
-        child.stdout.as_mut().unwrap().read_exact(&mut word).expect("it gets ready");
-        Daemon { child, folder }
+        let folder = TempDir::new();
+        let mut command = announcing(&programs().join(program));
+        command.args(["--log-level", "warn", "--socket-count", "2", "--socket-path"]).arg(folder.join("vm"));
+        command.arg("--control-socket").arg(folder.join("ctl"));
+        Daemon { _process: DaemonProcess::ready(&mut command), folder }
     }
 
     pub(crate) fn control(&self) -> String {
@@ -70,7 +61,7 @@ impl Daemon {
     }
 
     pub(crate) fn driver(&self, guest: u32) -> VhostUserDriver {
-        let socket = self.folder.join(format!("vm{guest}"));
+        let socket = self.folder.join(&format!("vm{guest}"));
         VhostUserDriver::connect(socket, VhostUserOptions::new(RingLayout::Packed)).unwrap()
     }
 
@@ -78,14 +69,6 @@ impl Daemon {
     pub(crate) fn ctl(&self, args: &[&str]) -> Ended {
         let control = self.control();
         ctl(&[&["--socket", &control], args].concat())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 

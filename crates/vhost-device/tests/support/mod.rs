@@ -3,8 +3,7 @@
 pub mod echo;
 pub mod process;
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,34 +12,12 @@ use vhost_device::{Daemon, DaemonError, DaemonOptions, Endpoint, Stopper};
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 
 pub use echo::Echo;
+pub use virtio_testkit::daemon::TempDir;
 
 /// For whatever should happen soon; long, because test machines are slow.
 pub const SOON: Duration = Duration::from_secs(10);
 /// For whatever should not happen at all.
 pub const NEVER: Duration = Duration::from_millis(100);
-
-/// A directory that is gone when the test ends.
-pub struct TempDir(PathBuf);
-
-impl TempDir {
-    pub fn new() -> TempDir {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vd-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap();
-        TempDir(path)
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A daemon on a thread of its own.
 pub struct TestDaemon {

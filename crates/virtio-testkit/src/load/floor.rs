@@ -21,7 +21,8 @@ use vhost_user::{
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 use vm_virtio::Features;
 
-use super::ring::{field, passed};
+use super::ring::{field, lengths, packed_passed, passed};
+use crate::RingLayout;
 use crate::ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, PACKED_AVAIL, PACKED_USED};
 
 /// What a floor does for each request.
@@ -191,15 +192,15 @@ fn broken(what: &str) -> io::Error {
 impl<'m> Ring<'m> {
     fn new(memory: &'m GuestMemoryMmap, features: Features, size: u16, at: [GuestAddress; 3]) -> Ring<'m> {
         let packed = features.contains(Features::RING_PACKED);
-        let n = usize::from(size);
-        let (driver, device) = if packed { (4, 4) } else { (6 + 2 * n, 6 + 8 * n) };
-        let area = |addr, len| memory.get_slice(addr, len).expect("a ring in guest memory");
+        let [desc, driver, device] =
+            lengths(if packed { RingLayout::Packed } else { RingLayout::Split }, size);
+        let area = |addr, len: u64| memory.get_slice(addr, len as usize).expect("a ring in guest memory");
         Ring {
             memory,
             packed,
             event_idx: features.contains(Features::EVENT_IDX),
             size,
-            desc: area(at[0], 16 * n),
+            desc: area(at[0], desc),
             driver: area(at[1], driver),
             device: area(at[2], device),
             next: 0,
@@ -375,16 +376,7 @@ impl<'m> Ring<'m> {
             };
         }
         let completed = std::mem::take(&mut self.completed);
-        let event = u32::from_le(field::<AtomicU32>(&self.driver, 0).load(Ordering::Relaxed));
-        let (at, flags) = (event as u16, (event >> 16) as u16);
-        if flags != 2 {
-            return flags != 1;
-        }
-        let mut index = at & !(1 << 15);
-        if (at >> 15 == 1) != self.used_wrap {
-            index = index.wrapping_sub(self.size);
-        }
-        passed(index, self.used, self.used.wrapping_sub(completed))
+        packed_passed(field(&self.driver, 0), self.size, (self.used, self.used_wrap), completed)
     }
 
     /// Asks for the next kick. Whether there is something already.

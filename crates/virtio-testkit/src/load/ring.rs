@@ -9,11 +9,9 @@ use vm_memory::{AtomicInteger, VolatileMemory, VolatileSlice};
 use vm_virtio::{Features, QueueConfig};
 
 use super::area;
-use crate::ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
+use crate::ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, PACKED_AVAIL, PACKED_USED};
 use crate::{Buf, RingLayout, TestRam};
 
-const PACKED_AVAIL: u16 = 1 << 7;
-const PACKED_USED: u16 = 1 << 15;
 /// `NO_NOTIFY` and `NO_INTERRUPT` of a split ring (2.7.7, 2.7.10).
 const SUPPRESS: u16 = 1;
 // Flags of the event suppression structures (2.8.10).
@@ -41,6 +39,29 @@ pub(super) fn field<'a, T: AtomicInteger>(area: &'a VolatileSlice<'_>, offset: u
 /// 2.7.10, 2.8.10: whether `event` was passed on the way from `old` to `new`.
 pub(super) fn passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// 2.8.10: the same for a structure of a packed ring, whose other side has gone `by` descriptors and is at `now`.
+pub(super) fn packed_passed(event: &AtomicU32, size: u16, (now, wrap): (u16, bool), by: u16) -> bool {
+    let event = u32::from_le(event.load(Ordering::Relaxed));
+    let (at, flags) = (event as u16, (event >> 16) as u16);
+    if flags != EVENTS_AT {
+        return flags != EVENTS_OFF;
+    }
+    let mut index = at & !(1 << 15);
+    if (at >> 15 == 1) != wrap {
+        index = index.wrapping_sub(size);
+    }
+    passed(index, now, now.wrapping_sub(by))
+}
+
+/// Bytes of a ring's areas: descriptors, driver's, device's (2.7, 2.8).
+pub(super) fn lengths(layout: RingLayout, size: u16) -> [u64; 3] {
+    let n = u64::from(size);
+    match layout {
+        RingLayout::Split => [16 * n, 6 + 2 * n, 6 + 8 * n],
+        RingLayout::Packed => [16 * n, 4, 4],
+    }
 }
 
 /// Second half of a descriptor in the split layout, and in both layouts' tables.
@@ -210,11 +231,11 @@ struct Split<'m> {
 
 impl<'m> Split<'m> {
     fn new(ram: &'m TestRam, config: &QueueConfig, event_idx: bool) -> Split<'m> {
-        let n = u64::from(config.size);
+        let [desc, avail, used] = lengths(RingLayout::Split, config.size);
         Split {
-            desc: area(ram, config.desc, 16 * n),
-            avail: area(ram, config.driver, 6 + 2 * n),
-            used: area(ram, config.device, 6 + 8 * n),
+            desc: area(ram, config.desc, desc),
+            avail: area(ram, config.driver, avail),
+            used: area(ram, config.device, used),
             size: config.size,
             event_idx,
             next_avail: 0,
@@ -289,10 +310,11 @@ struct Packed<'m> {
 
 impl<'m> Packed<'m> {
     fn new(ram: &'m TestRam, config: &QueueConfig, event_idx: bool, slots: usize) -> Packed<'m> {
+        let [desc, driver, device] = lengths(RingLayout::Packed, config.size);
         Packed {
-            desc: area(ram, config.desc, 16 * u64::from(config.size)),
-            driver: area(ram, config.driver, 4),
-            device: area(ram, config.device, 4),
+            desc: area(ram, config.desc, desc),
+            driver: area(ram, config.driver, driver),
+            device: area(ram, config.device, device),
             size: config.size,
             event_idx,
             next_avail: 0,
@@ -338,16 +360,7 @@ impl<'m> Packed<'m> {
         if added == 0 {
             return false;
         }
-        let event = u32::from_le(field::<AtomicU32>(&self.device, 0).load(Ordering::Relaxed));
-        let (at, flags) = (event as u16, (event >> 16) as u16);
-        if flags != EVENTS_AT {
-            return flags != EVENTS_OFF;
-        }
-        let mut index = at & !(1 << 15);
-        if (at >> 15 == 1) != self.avail_wrap {
-            index = index.wrapping_sub(self.size);
-        }
-        passed(index, self.next_avail, self.next_avail.wrapping_sub(added))
+        packed_passed(field(&self.device, 0), self.size, (self.next_avail, self.avail_wrap), added)
     }
 
     fn suppress(&self, at: u16, flags: u16) {

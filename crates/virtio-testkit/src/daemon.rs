@@ -1,0 +1,225 @@
+//! A daemon as a process: started, ready, ended, never left behind; and a directory for its sockets.
+//!
+//! Daemons say that they are ready on a descriptor (`--ready-fd`). A shell makes one of our pipe: its number is certain
+//! there, no other child of the test inherits it, and nothing has to be done between fork and exec.
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// For whatever a daemon should do soon; long, because test machines are slow.
+const SOON: Duration = Duration::from_secs(20);
+/// How often a process is looked at that cannot be waited for.
+const TICK: Duration = Duration::from_millis(2);
+
+/// A directory that is gone when its owner is.
+#[derive(Debug)]
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// A new one, among temporary files.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[expect(clippy::new_without_default, reason = "it makes a directory")]
+    pub fn new() -> TempDir {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("testkit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).expect("a new directory");
+        TempDir(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Where a file of this name is, or would be.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// What is in it.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.0).expect("the directory");
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect()
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A command that runs a daemon and gets its word of readiness: for [`await_ready`] on its standard output, which is no
+/// longer the daemon's. Arguments follow.
+pub fn announcing(program: &Path) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", r#"exec "$0" --ready-fd 3 "$@" 3>&1 >&2"#]).arg(program);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+}
+
+/// Waits for a daemon to be ready. `patient` is asked again and again whether to go on waiting.
+///
+/// # Errors
+/// What it did instead.
+pub fn await_ready(word: &mut ChildStdout, mut patient: impl FnMut() -> bool) -> Result<(), String> {
+    const READY: &[u8] = b"READY=1\n";
+    let mut said = Vec::new();
+    while said != READY {
+        if !patient() {
+            return Err("did not get ready".to_owned());
+        }
+        let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+        if !poll(&mut [PollFd::new(word, PollFlags::IN)], Some(&tick)).is_ok_and(|ready| ready > 0) {
+            continue;
+        }
+        let mut bytes = [0; 64];
+        match word.read(&mut bytes) {
+            Ok(0) | Err(_) => return Err("closed --ready-fd before it was ready".to_owned()),
+            Ok(count) => said.extend(bytes.iter().take(count)),
+        }
+        if !READY.starts_with(&said) {
+            let text = String::from_utf8_lossy(&said).into_owned();
+            return Err(format!("wrote {text:?} to --ready-fd, which is no readiness"));
+        }
+    }
+    Ok(())
+}
+
+/// A running daemon; killed with its owner.
+#[derive(Debug)]
+pub struct DaemonProcess(Child);
+
+impl DaemonProcess {
+    /// Starts any command.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn spawn(command: &mut Command) -> DaemonProcess {
+        DaemonProcess(command.spawn().expect("the daemon starts"))
+    }
+
+    /// Starts a daemon by an [`announcing`] command and waits until its sockets accept connections.
+    ///
+    /// # Panics
+    /// If it does not start or does not get ready.
+    #[track_caller]
+    pub fn ready(command: &mut Command) -> DaemonProcess {
+        let mut daemon = DaemonProcess::spawn(command);
+        let deadline = Instant::now() + SOON;
+        let mut word = daemon.0.stdout.take().expect("a pipe");
+        if let Err(what) = await_ready(&mut word, || Instant::now() < deadline) {
+            panic!("the daemon {what}");
+        }
+        daemon
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// The process.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.0
+    }
+
+    /// Whether it has not ended.
+    ///
+    /// # Panics
+    /// If that cannot be told.
+    pub fn is_running(&mut self) -> bool {
+        self.0.try_wait().expect("our child").is_none()
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).expect("our child");
+    }
+
+    /// Ends it without a chance to clean up.
+    ///
+    /// # Panics
+    /// If it cannot be waited for.
+    pub fn kill(mut self) {
+        self.0.kill().expect("our child");
+        self.0.wait().expect("our child");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// If that does not come.
+    #[track_caller]
+    pub fn ended(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(status) = self.0.try_wait().expect("our child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the daemon does not end");
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// Asks it to end, and says how it did.
+    #[track_caller]
+    pub fn terminate(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.ended()
+    }
+
+    /// A file of the kernel about it: `/proc/PID/...`.
+    pub fn proc(&self, file: &str) -> PathBuf {
+        format!("/proc/{}/{file}", self.0.id()).into()
+    }
+
+    /// How many entries a directory of these has: `fd` or `task`.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn count(&self, directory: &str) -> usize {
+        std::fs::read_dir(self.proc(directory)).expect("a running process").count()
+    }
+
+    /// How many files of this kind it has mapped, by a part of their names: `memfd`.
+    ///
+    /// # Panics
+    /// If it is gone.
+    pub fn mappings_of(&self, name: &str) -> usize {
+        let maps = std::fs::read_to_string(self.proc("maps")).expect("a running process");
+        maps.lines().filter(|line| line.contains(name)).count()
+    }
+
+    /// A number of its status by the beginning of its line: `VmRSS` in KiB, `Threads`.
+    ///
+    /// # Panics
+    /// If it is gone, or there is no such number.
+    pub fn status(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(self.proc("status")).expect("a running process");
+        let line = status.lines().find(|line| line.starts_with(field)).expect("such a line");
+        line.split_whitespace().nth(1).and_then(|value| value.parse().ok()).expect("a number")
+    }
+}
+
+impl Drop for DaemonProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

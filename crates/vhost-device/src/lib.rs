@@ -88,6 +88,7 @@ mod guest;
 mod inband;
 mod inflight;
 pub mod inherit;
+mod limit;
 pub mod listen;
 pub mod logging;
 mod mapping;
@@ -102,6 +103,7 @@ mod upcalls;
 
 pub use cli::{CommonArgs, UsageError};
 pub use daemon::{Daemon, DaemonError, DaemonOptions, GuestIndex, Stopper};
+pub use limit::LimitArgs;
 pub use listen::Endpoint;
 pub use memory::MEMORY_SLOTS;
 

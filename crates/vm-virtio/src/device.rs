@@ -247,7 +247,8 @@ pub trait VirtioDevice: Send + 'static {
     /// Takes over what [`save`](Self::save) returned, from outside and not to be trusted. The device is new or reset and
     /// no queue runs; if it fails, [`reset`](Self::reset) follows. Then the configuration is written as by a migrating
     /// front-end and has to be the saved one, the workers are [activated](Worker::activated) if the driver was ready,
-    /// and chains are [adopted](Queue::adopt) in the first [`Worker::queue_ready`].
+    /// and chains are [adopted](Queue::adopt) in the first [`Worker::queue_ready`]. Mappings of shared memory are no part of
+    /// a state: workers ask for theirs again.
     fn restore(&mut self, workers: &mut [Self::Worker], state: &DeviceState) -> Result<(), StateError> {
         let _ = (workers, state);
         Err(StateError::Unsupported)

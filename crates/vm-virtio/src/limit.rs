@@ -10,8 +10,12 @@
 //!   large to be ever served, and none is cut for the limit's sake unless the device wants to.
 //! * Guests of one process get a fixed part each ([`RateLimit::share`]): what one takes or leaves is neither felt nor
 //!   seen by another. A reset does not start a new period, or a guest could reset its way around the limit.
+mod text;
+
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
+
+pub use text::ParseLimitError;
 
 /// Longer periods are taken for this one: longer than any guest lives, and the clock does not overflow.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -76,6 +80,15 @@ impl RateLimit {
     /// Limits operations, too.
     pub fn and_operations(self, operations: u64) -> Result<RateLimit, LimitError> {
         Ok(RateLimit { operations: Some(rate(operations, OPERATIONS)?), ..self })
+    }
+
+    /// The same with other `bytes` (none: they are not limited) in another `period`; the rest is as it was. None: nothing
+    /// is limited any more.
+    pub fn with_bytes(self, bytes: Option<u64>, period: Duration) -> Result<Option<RateLimit>, LimitError> {
+        let burst = self.bytes.map_or(0, |rate| rate.burst);
+        let bytes = bytes.map(|bytes| rate(bytes, BYTES)).transpose()?.map(|rate| Rate { burst, ..rate });
+        let limit = RateLimit { bytes, period, ..self }.check()?;
+        Ok(Some(limit).filter(|limit| limit.bytes.is_some() || limit.operations.is_some()))
     }
 
     /// What idle periods leave is saved up, to this many bytes and operations above those of a period.
@@ -382,6 +395,18 @@ mod tests {
         assert!(whole.and_operations(2).unwrap().share(0, 3).is_err());
         assert_eq!(RateLimit::new(0, PERIOD), Err(LimitError::Nothing("bytes")));
         assert_eq!(RateLimit::new(1, Duration::ZERO), Err(LimitError::NoPeriod));
+    }
+
+    #[test]
+    fn bytes_are_changed_and_the_rest_stays() {
+        let limit = RateLimit::new(10, PERIOD).unwrap().and_operations(2).unwrap().with_burst(5, 6);
+        let other = RateLimit::new(20, 2 * PERIOD).unwrap().and_operations(2).unwrap().with_burst(5, 6);
+        assert_eq!(limit.with_bytes(Some(20), 2 * PERIOD), Ok(Some(other)));
+        let operations = RateLimit::operations(2, PERIOD).unwrap().with_burst(0, 6);
+        assert_eq!(limit.with_bytes(None, PERIOD), Ok(Some(operations)));
+        assert_eq!(RateLimit::new(10, PERIOD).unwrap().with_bytes(None, PERIOD), Ok(None));
+        assert_eq!(limit.with_bytes(Some(0), PERIOD), Err(LimitError::Nothing("bytes")));
+        assert_eq!(limit.with_bytes(Some(1), Duration::ZERO), Err(LimitError::NoPeriod));
     }
 
     #[test]

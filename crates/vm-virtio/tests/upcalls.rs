@@ -225,6 +225,7 @@ fn policy_7_a_silent_host_is_given_up_and_knows_it() {
     assert!(question.1.is_awaited());
     assert_eq!(answered(&mut host), FAILED);
     assert!(!question.1.is_awaited());
+    assert_eq!(host.engine().failures().unanswered.load(Ordering::Relaxed), 1);
     vmm.asked.lock().unwrap().push_back(question);
     assert!(!vmm.answer());
     host.step();

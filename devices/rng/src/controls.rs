@@ -41,7 +41,7 @@ pub(crate) fn list() -> Controls {
 pub(crate) struct Operator {
     source: String,
     /// None: no limit.
-    bytes: Option<u64>,
+    limit: Option<RateLimit>,
     period: Duration,
     mail: Option<Mail<SetLimit>>,
 }
@@ -49,7 +49,11 @@ pub(crate) struct Operator {
 impl Operator {
     pub(crate) fn new(source: String, limit: Option<RateLimit>) -> Operator {
         let period = limit.map_or(DEFAULT_PERIOD, |limit| limit.period());
-        Operator { source, bytes: limit.and_then(|limit| limit.bytes()), period, mail: None }
+        Operator { source, limit, period, mail: None }
+    }
+
+    fn bytes(&self) -> Option<u64> {
+        self.limit.and_then(|limit| limit.bytes())
     }
 
     /// Where the worker gets its mail.
@@ -61,13 +65,13 @@ impl Operator {
         match request {
             ControlRequest::Get(name) => Ok(HostReply::Value(match name.as_str() {
                 SOURCE => Value::Text(self.source.clone()),
-                MAX_BYTES => Value::U64(self.bytes.unwrap_or(0)),
+                MAX_BYTES => Value::U64(self.bytes().unwrap_or(0)),
                 PERIOD => Value::U64(u64::try_from(self.period.as_millis()).unwrap_or(u64::MAX)),
                 _ => return Err(HostError::NoSuchProperty(name)),
             })),
             ControlRequest::Set(name, Value::U64(value)) => match name.as_str() {
                 MAX_BYTES => self.limit(Some(value).filter(|bytes| *bytes > 0), self.period),
-                PERIOD => self.limit(self.bytes, Duration::from_millis(value)),
+                PERIOD => self.limit(self.bytes(), Duration::from_millis(value)),
                 _ => Err(HostError::NoSuchProperty(name)),
             },
             _ => Err(HostError::Unsupported),
@@ -77,11 +81,15 @@ impl Operator {
     /// Another limit: for the worker first, so that nothing is claimed that it does not know.
     fn limit(&mut self, bytes: Option<u64>, period: Duration) -> Result<HostReply, HostError> {
         let refused = |error: &dyn std::fmt::Display| HostError::Refused(error.to_string());
-        let limit =
-            bytes.map(|bytes| RateLimit::new(bytes, period)).transpose().map_err(|error| refused(&error))?;
+        let limit = match (self.limit, bytes) {
+            // Whatever else is limited stays so.
+            (Some(limit), bytes) => limit.with_bytes(bytes, period),
+            (None, bytes) => bytes.map(|bytes| RateLimit::new(bytes, period)).transpose(),
+        };
+        let limit = limit.map_err(|error| refused(&error))?;
         let mail = self.mail.as_ref().ok_or(HostError::Unsupported)?;
         mail.send(SetLimit(limit)).map_err(|_| refused(&"the device has too much to do; try again"))?;
-        self.bytes = bytes;
+        self.limit = limit;
         self.period = limit.map_or(period, |limit| limit.period());
         Ok(HostReply::Done)
     }

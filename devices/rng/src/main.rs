@@ -3,9 +3,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use vhost_device::{CommonArgs, EXIT_USAGE, Identity};
+use vhost_device::{CommonArgs, EXIT_USAGE, Identity, LimitArgs};
 use virtio_rng::{Entropy, RateLimit, Rng};
-use vm_virtio::DeviceError;
 
 const IDENTITY: Identity = Identity::new("vhost-device-rng", "rng", env!("CARGO_PKG_VERSION"));
 
@@ -22,7 +21,7 @@ struct Args {
     period: u64,
 
     /// Most bytes in a period, divided evenly among the guests [default: no limit]
-    #[arg(short, long, value_name = "BYTES")]
+    #[arg(short, long, value_name = "BYTES", conflicts_with = "rate_limit")]
     max_bytes: Option<u64>,
 
     /// INSECURE, for tests: bytes from a generator that gives the same for the same N
@@ -30,21 +29,25 @@ struct Args {
     seed: Option<u64>,
 
     #[command(flatten)]
+    limit: LimitArgs,
+
+    #[command(flatten)]
     common: CommonArgs,
 }
 
 impl Args {
     /// The source, and the limit for all guests together.
-    fn check(&self) -> Result<(Entropy, Option<RateLimit>), Box<dyn std::error::Error>> {
+    fn check(&self) -> Result<(Entropy, LimitArgs), Box<dyn std::error::Error>> {
         // The period is checked even if nothing is limited.
         let limit = RateLimit::new(self.max_bytes.unwrap_or(u64::MAX), Duration::from_millis(self.period))?;
-        limit.share(0, self.common.guest_count())?;
+        let limit = LimitArgs { rate_limit: self.limit.rate_limit.or(self.max_bytes.map(|_| limit)) };
+        limit.check(&self.common)?;
         let entropy = match (self.seed, &self.rng_source) {
             (Some(seed), _) => Entropy::insecure_seeded(seed),
             (None, Some(path)) => Entropy::open(path)?,
             (None, None) => Entropy::kernel()?,
         };
-        Ok((entropy, self.max_bytes.map(|_| limit)))
+        Ok((entropy, limit))
     }
 }
 
@@ -57,9 +60,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    let guests = args.common.guest_count();
     vhost_device::run(&args.common, IDENTITY, |guest| {
-        let share = limit.map(|limit| limit.share(guest.0, guests)).transpose().map_err(DeviceError::new)?;
-        Ok(Rng::new(&entropy, guest.0, share)?)
+        Ok(Rng::new(&entropy, guest.0, limit.of(guest, &args.common)?)?)
     })
 }

@@ -241,6 +241,19 @@ fn peers_rng_rate_limit_does_not_sleep_in_the_queue_thread() {
     assert!(start.elapsed() >= Duration::from_millis(400), "the request did");
 }
 
+/// As bytes are, requests are limited without a sleep: the one beyond the limit waits for the period.
+#[test]
+fn requests_are_limited_in_the_words_of_all_daemons() {
+    let (_directory, socket, _daemon) = started(&["--rate-limit", "ops=2,period=400"]);
+    let mut driver = connect(&socket, RingLayout::Packed);
+    let start = Instant::now();
+    for _ in 0..2 {
+        assert_eq!(ask(&mut driver, 64).len(), 64);
+    }
+    assert_eq!(ask(&mut driver, 64).len(), 64);
+    assert!(start.elapsed() >= Duration::from_millis(400), "the third request did not wait");
+}
+
 #[test]
 fn interrupts_only_where_the_driver_asked() {
     let (_directory, socket, _daemon) = started(&[]);

@@ -27,6 +27,9 @@ fn senseless_command_lines_are_refused_before_a_socket_exists() {
     refused(&["--period", "0"], &["period of 0 ms", "at least 1 ms"]);
     refused(&["--max-bytes", "0"], &["0 bytes", "leave the limit out"]);
     refused(&["--max-bytes", "3", "--socket-count", "4"], &["shared by 4 guests", "give at least 4"]);
+    refused(&["--rate-limit", "10M"], &["10M", "bytes=N"]);
+    refused(&["--rate-limit", "ops=3", "--socket-count", "4"], &["shared by 4 guests", "give at least 4"]);
+    refused(&["--rate-limit", "ops=3", "--max-bytes", "4"], &["--rate-limit", "--max-bytes"]);
     refused(&["--rng-source", "/"], &["/ is a directory", "name a file"]);
     refused(&["--rng-source", "/no/such/source"], &["/no/such/source", "No such file", "name a file"]);
     refused(&["--seed", "1", "--rng-source", "/dev/urandom"], &["--seed", "--rng-source"]);

@@ -102,7 +102,10 @@ fn guest_stats<D: VirtioDevice>(guest: &Guest<D>) -> GuestStats {
             front_end: refused + broken + turned_away,
             worker: failures.worker_failures.load(Ordering::Relaxed),
             memory: failures.memory.load(Ordering::Relaxed),
-            stuck: failures.stuck.load(Ordering::Relaxed) + failures.unreleased.load(Ordering::Relaxed),
+            stuck: [&failures.stuck, &failures.unreleased, &failures.unanswered]
+                .map(|count| count.load(Ordering::Relaxed))
+                .iter()
+                .sum(),
         },
         queues,
     }

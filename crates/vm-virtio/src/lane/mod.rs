@@ -72,6 +72,8 @@ pub struct FailureCounters {
     pub stuck: AtomicU64,
     /// Invalidations of an IOMMU's translations that did not wait for all chains.
     pub unreleased: AtomicU64,
+    /// Questions of workers that the host did not answer in time.
+    pub unanswered: AtomicU64,
     /// Queues whose memory was lost.
     pub memory: AtomicU64,
 }

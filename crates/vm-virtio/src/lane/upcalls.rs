@@ -2,6 +2,7 @@
 use super::{LaneRunner, UPCALL};
 use crate::device::Worker;
 use crate::upcall::{MAX_UPCALLS, UpcallError};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 impl<W: Worker> LaneRunner<W> {
@@ -23,6 +24,7 @@ impl<W: Worker> LaneRunner<W> {
         }
         let overdue = self.up.deadline().filter(|deadline| Instant::now() >= *deadline);
         while let Some(id) = overdue.and_then(|_| self.up.overdue(Instant::now())) {
+            self.up.shared.failures.unanswered.fetch_add(1, Ordering::Relaxed);
             self.enter(|worker, lane| worker.upcall_done(id, Err(UpcallError::TimedOut), lane));
             worked = true;
         }

@@ -34,12 +34,23 @@ pub(crate) fn run(name: &str, arguments: &[String]) -> Result<bool> {
     if name == "rng" {
         return rng::run(&workspace, arguments);
     }
+    if name == "bus" {
+        return wait(bus(&workspace).args(arguments));
+    }
     let mut bench = cargo();
     bench.current_dir(&workspace.root).args(["bench", "--package", "backplane-bench", "--bench", name]);
     if !arguments.is_empty() {
         bench.arg("--").args(arguments);
     }
     wait(&mut bench)
+}
+
+/// The peer has the name of a crate of ours, so this is a workspace of its own.
+fn bus(workspace: &Workspace) -> Command {
+    let mut bus = cargo();
+    bus.current_dir(workspace.path("bench/bus")).args(["run", "--release", "--target-dir"]);
+    bus.arg(workspace.target().join("bench-bus")).arg("--");
+    bus
 }
 
 /// Runs it to its end, its output going where ours does.

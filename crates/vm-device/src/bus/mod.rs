@@ -3,8 +3,6 @@
 //! Addresses are typed ([`PioAddress`], [`MmioAddress`]), ranges are checked when they are made ([`BusRange`]), devices
 //! answer to accesses ([`DevicePio`], [`DeviceMmio`]). A [`Bus`] maps ranges that do not overlap to anything. It has one
 //! owner; what many vCPUs dispatch from is in [`dispatch`](crate::dispatch).
-use std::collections::BTreeMap;
-
 mod address;
 mod device;
 mod range;
@@ -62,12 +60,13 @@ pub type PioBus<D> = Bus<PioAddress, D>;
 /// ```
 #[derive(Clone)]
 pub struct Bus<A: BusAddress, D> {
-    ranges: BTreeMap<A, (BusRange<A>, D)>,
+    /// In ascending order. Not a tree: there are a few thousand at most, and moving them is cheaper than that.
+    ranges: Vec<(BusRange<A>, D)>,
 }
 
 impl<A: BusAddress, D> Default for Bus<A, D> {
     fn default() -> Self {
-        Bus { ranges: BTreeMap::new() }
+        Bus { ranges: Vec::new() }
     }
 }
 
@@ -79,14 +78,15 @@ impl<A: BusAddress, D> Bus<A, D> {
 
     /// The range that has this address, and what it belongs to.
     pub fn device(&self, addr: A) -> Option<(&BusRange<A>, &D)> {
-        let (range, device) = self.below(addr)?;
-        (addr <= range.last()).then_some((range, device))
+        let (range, device) = self.ranges.get(self.at(addr)?)?;
+        Some((range, device))
     }
 
     /// As [`device`](Self::device), to change what the range belongs to.
     pub fn device_mut(&mut self, addr: A) -> Option<(&BusRange<A>, &mut D)> {
-        let (_, (range, device)) = self.ranges.range_mut(..=addr).next_back()?;
-        (addr <= range.last()).then_some((&*range, device))
+        let at = self.at(addr)?;
+        let (range, device) = self.ranges.get_mut(at)?;
+        Some((range, device))
     }
 
     /// Gives a range to a device.
@@ -94,20 +94,20 @@ impl<A: BusAddress, D> Bus<A, D> {
     /// # Errors
     /// [`Error::DeviceOverlap`] if a part of it is taken.
     pub fn register(&mut self, range: BusRange<A>, device: D) -> Result<(), Error> {
+        let behind = self.behind(range.last());
         // Ranges do not overlap each other, so the one that begins last before the end of the new one also ends last.
-        match self.below(range.last()) {
-            Some((taken, _)) if taken.last() >= range.base() => Err(Error::DeviceOverlap),
-            _ => {
-                self.ranges.insert(range.base(), (range, device));
-                Ok(())
-            }
+        let before = behind.checked_sub(1).and_then(|at| self.ranges.get(at));
+        if before.is_some_and(|(taken, _)| taken.last() >= range.base()) {
+            return Err(Error::DeviceOverlap);
         }
+        self.ranges.insert(behind, (range, device));
+        Ok(())
     }
 
     /// Takes away the range that has this address.
     pub fn deregister(&mut self, addr: A) -> Option<(BusRange<A>, D)> {
-        let base = self.device(addr)?.0.base();
-        self.ranges.remove(&base)
+        let at = self.at(addr)?;
+        Some(self.ranges.remove(at))
     }
 
     /// The range that has all bytes of an access, and what it belongs to.
@@ -123,7 +123,7 @@ impl<A: BusAddress, D> Bus<A, D> {
 
     /// All ranges in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = (&BusRange<A>, &D)> {
-        self.ranges.values().map(|(range, device)| (range, device))
+        self.ranges.iter().map(|(range, device)| (range, device))
     }
 
     /// The number of ranges.
@@ -136,9 +136,19 @@ impl<A: BusAddress, D> Bus<A, D> {
         self.ranges.is_empty()
     }
 
-    /// The last range that begins at or before this address.
-    fn below(&self, addr: A) -> Option<&(BusRange<A>, D)> {
-        self.ranges.range(..=addr).next_back().map(|(_, entry)| entry)
+    /// How many ranges begin at or before this address.
+    fn behind(&self, addr: A) -> usize {
+        match self.ranges.last() {
+            // Most are registered in ascending order.
+            Some((last, _)) if last.base() <= addr => self.ranges.len(),
+            _ => self.ranges.partition_point(|(range, _)| range.base() <= addr),
+        }
+    }
+
+    /// Which range has this address.
+    fn at(&self, addr: A) -> Option<usize> {
+        let at = self.behind(addr).checked_sub(1)?;
+        self.ranges.get(at).filter(|(range, _)| addr <= range.last()).map(|_| at)
     }
 }
 

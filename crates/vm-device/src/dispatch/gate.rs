@@ -30,16 +30,22 @@ use crate::sync::{
 
 /// See the module. `K` is what who changes the map works on, `M` a map, `R` a room.
 pub(super) struct Gate<K, M, R> {
-    /// Never null.
-    current: AtomicPtr<M>,
-    /// How many rooms are being closed.
-    closings: AtomicUsize,
-    barrier: Barrier,
+    read: Read<M>,
     /// The latest of a list that only grows.
     passes: AtomicPtr<Pass<M, R>>,
     keeper: Mutex<Keeper<K, M>>,
     closing: Mutex<Vec<Arc<R>>>,
     left: Condvar,
+}
+
+/// What everybody reads all the time, apart from what is written more often.
+#[repr(align(128))]
+struct Read<M> {
+    /// Never null.
+    current: AtomicPtr<M>,
+    /// How many rooms are being closed.
+    closings: AtomicUsize,
+    barrier: Barrier,
 }
 
 // SAFETY: maps, rooms and what the keeper works on are given from thread to thread and shared by them; the raw pointers
@@ -75,6 +81,8 @@ pub(super) struct Pass<M, R> {
     thread: AtomicUsize,
     taken: AtomicBool,
     next: *const Pass<M, R>,
+    /// Where its owner found something the last time; a number means nothing to the gate.
+    pub(super) hints: [AtomicUsize; 2],
     pub(super) counts: Counts,
 }
 
@@ -103,9 +111,11 @@ pub(super) enum Closed {
 impl<K, M, R> Gate<K, M, R> {
     pub(super) fn new(work: K, first: M) -> Self {
         Gate {
-            current: AtomicPtr::new(Box::into_raw(Box::new(first))),
-            closings: AtomicUsize::new(0),
-            barrier: Barrier::new(),
+            read: Read {
+                current: AtomicPtr::new(Box::into_raw(Box::new(first))),
+                closings: AtomicUsize::new(0),
+                barrier: Barrier::new(),
+            },
             passes: AtomicPtr::new(ptr::null_mut()),
             keeper: Mutex::new(Keeper { work, old: Vec::new(), passes: 0 }),
             closing: Mutex::new(Vec::new()),
@@ -120,7 +130,7 @@ impl<K, M, R> Gate<K, M, R> {
 
     /// Makes this the current map.
     pub(super) fn publish(&self, keeper: &mut Keeper<K, M>, map: M) {
-        let old = self.current.swap(Box::into_raw(Box::new(map)), AcqRel);
+        let old = self.read.current.swap(Box::into_raw(Box::new(map)), AcqRel);
         keeper.old.extend(NonNull::new(old));
         // Each pass may hold one map for as long as its owner sleeps; a barrier for more than a few others is well spent.
         if keeper.passes == 0 || keeper.old.len() >= 2 * keeper.passes + 8 {
@@ -130,7 +140,7 @@ impl<K, M, R> Gate<K, M, R> {
 
     pub(super) fn free_maps(&self, keeper: &mut Keeper<K, M>) {
         if keeper.passes > 0 {
-            self.barrier.heavy();
+            self.read.barrier.heavy();
         }
         let used: Vec<*mut M> = self.passes().map(|pass| pass.map.load(Acquire)).collect();
         keeper.old.retain(|map| {
@@ -177,6 +187,7 @@ impl<K, M, R> Gate<K, M, R> {
             thread: AtomicUsize::new(0),
             taken: AtomicBool::new(true),
             next: self.passes.load(Relaxed),
+            hints: [AtomicUsize::new(0), AtomicUsize::new(0)],
             counts: Counts::default(),
         }));
         self.passes.store(pass, Release);
@@ -214,18 +225,24 @@ impl<K, M, R> Gate<K, M, R> {
         loop {
             let map = pass.map.load(Relaxed);
             // SAFETY: the pass named it when it was current (`take_map`), so it is not freed.
-            let found = find(unsafe { &*map });
-            if let Ok((room, _)) = &found {
-                pass.thread.store(thread_token(), Relaxed);
-                pass.room.store(room.as_ptr(), Relaxed);
-            }
-            self.barrier.light();
-            if self.current.load(Acquire) == map {
-                // SAFETY: the pass names the room, and after that its map was current: who closes the room after that sees it.
-                return found.map(|(room, more)| (unsafe { room.as_ref() }, more));
-            }
-            if found.is_ok() {
-                self.leave(pass);
+            match find(unsafe { &*map }) {
+                Ok((room, more)) => {
+                    pass.thread.store(thread_token(), Relaxed);
+                    // Release: who reads it as ours also reads the thread as ours.
+                    pass.room.store(room.as_ptr(), Release);
+                    self.read.barrier.light();
+                    if self.read.current.load(Acquire) == map {
+                        // SAFETY: the pass names the room, and after that its map was current: who closes the room
+                        // after that sees it.
+                        return Ok((unsafe { room.as_ref() }, more));
+                    }
+                    self.leave(pass);
+                }
+                Err(error) => {
+                    if self.read.current.load(Acquire) == map {
+                        return Err(error);
+                    }
+                }
             }
             self.take_map(pass);
         }
@@ -235,8 +252,8 @@ impl<K, M, R> Gate<K, M, R> {
     #[inline(always)]
     pub(super) fn leave(&self, pass: &Pass<M, R>) {
         pass.room.store(ptr::null_mut(), Release);
-        self.barrier.light();
-        if self.closings.load(Relaxed) != 0 {
+        self.read.barrier.light();
+        if self.read.closings.load(Relaxed) != 0 {
             self.left_while_closing();
         }
     }
@@ -248,7 +265,7 @@ impl<K, M, R> Gate<K, M, R> {
         self.left.notify_all();
         drop(closing);
         for room in quiet {
-            self.closings.fetch_sub(1, SeqCst);
+            self.read.closings.fetch_sub(1, SeqCst);
             drop_foreign(room);
         }
     }
@@ -256,11 +273,11 @@ impl<K, M, R> Gate<K, M, R> {
     #[cold]
     fn take_map(&self, pass: &Pass<M, R>) {
         loop {
-            let map = self.current.load(Acquire);
+            let map = self.read.current.load(Acquire);
             // Release: the map before is not read any more.
             pass.map.store(map, Release);
-            self.barrier.light();
-            if self.current.load(Acquire) == map {
+            self.read.barrier.light();
+            if self.read.current.load(Acquire) == map {
                 return;
             }
         }
@@ -273,20 +290,21 @@ impl<K, M, R> Gate<K, M, R> {
     /// Whether this thread is in a room.
     pub(super) fn is_inside(&self) -> bool {
         let me = thread_token();
-        // What a thread wrote itself it sees; what others write there is not its own token.
-        self.passes().any(|pass| pass.thread.load(Relaxed) == me && !pass.room.load(Relaxed).is_null())
+        // What a thread wrote itself it sees. A pass that it had before may be another's by now: the room is read first, so
+        // that the thread is at least as new.
+        self.passes().any(|pass| !pass.room.load(Acquire).is_null() && pass.thread.load(Relaxed) == me)
     }
 
     /// Closes a room that the current map does not have: waits until nobody is in it, no longer than this, and not at all
     /// if the caller is in a room itself. Then it is dropped.
     pub(super) fn close(&self, room: Arc<R>, patience: Duration) -> Closed {
-        self.closings.fetch_add(1, SeqCst);
-        self.barrier.heavy();
+        self.read.closings.fetch_add(1, SeqCst);
+        self.read.barrier.heavy();
         let place = Arc::as_ptr(&room);
         if !self.is_quiet(place) && !self.wait_until_quiet(&room, patience) {
             return Closed::Later;
         }
-        self.closings.fetch_sub(1, SeqCst);
+        self.read.closings.fetch_sub(1, SeqCst);
         drop_foreign(room);
         Closed::Quiet
     }
@@ -332,7 +350,7 @@ fn drop_foreign<R>(room: Arc<R>) {
 
 impl<K, M, R> Drop for Gate<K, M, R> {
     fn drop(&mut self) {
-        let current = self.current.load(Relaxed);
+        let current = self.read.current.load(Relaxed);
         let old = std::mem::take(&mut lock(&self.keeper).old);
         for map in old.into_iter().map(NonNull::as_ptr).chain([current]) {
             // SAFETY: made by `Box::into_raw`; nobody has a pass any more, since that takes a reference to the gate.

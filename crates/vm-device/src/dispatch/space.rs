@@ -6,8 +6,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use super::gate::{Closed, Keeper};
-use super::table::{IoGate, Place, Slot, Space, Table, Work};
+use super::gate::Closed;
+use super::table::{IoGate, Place, Slot, Space, Work, show};
 use super::{IoDevice, IoRange};
 use crate::bus::{BusRange, Error};
 
@@ -67,16 +67,6 @@ impl IoSpace {
 impl fmt::Debug for IoSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoSpace").finish_non_exhaustive()
-    }
-}
-
-/// Makes the work visible, if there is anybody to see it.
-fn show(gate: &IoGate, keeper: &mut Keeper<Work, Table>) {
-    if keeper.is_watched() {
-        let table = Table::of(&keeper.work);
-        gate.publish(keeper, table);
-    } else {
-        keeper.work.unseen = true;
     }
 }
 
@@ -161,15 +151,19 @@ impl Registration {
 
     /// Lets accesses reach a device that was registered [shut](IoSpace::register_shut), or that failed.
     pub fn open(&self) {
-        if let Some(slot) = self.slot.upgrade() {
-            slot.open();
-        }
+        self.change(Slot::open);
     }
 
     /// The device panicked where the gate does not see it.
     pub(crate) fn fail(&self) {
-        if let Some(slot) = self.slot.upgrade() {
-            slot.fail();
+        self.change(Slot::fail);
+    }
+
+    fn change(&self, change: impl FnOnce(&Slot)) {
+        if let (Some(gate), Some(slot)) = (self.gate.upgrade(), self.slot.upgrade()) {
+            let mut keeper = gate.keeper();
+            change(&slot);
+            show(&gate, &mut keeper);
         }
     }
 

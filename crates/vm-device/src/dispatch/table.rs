@@ -4,8 +4,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use crate::sync::AtomicUsize;
+
 use super::IoDevice;
-use super::gate::{Counts, Gate, Pass};
+use super::gate::{Counts, Gate, Keeper, Pass};
 use crate::bus::{self, Bus, BusAddress, BusRange, DeviceMmio, DevicePio, Error, MmioAddress, PioAddress};
 
 pub(super) type IoGate = Gate<Work, Table, Slot>;
@@ -28,12 +30,18 @@ impl Slot {
         Slot { device, state: AtomicU8::new(if open { OPEN } else { SHUT }) }
     }
 
+    /// Changes take effect with the next table.
     pub(super) fn open(&self) {
-        self.state.store(OPEN, Ordering::Release);
+        self.state.store(OPEN, Ordering::Relaxed);
     }
 
+    /// Changes take effect with the next table.
     pub(super) fn fail(&self) {
         self.state.store(FAILED, Ordering::Relaxed);
+    }
+
+    fn is_open(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == OPEN
     }
 
     pub(super) fn has_failed(&self) -> bool {
@@ -81,14 +89,35 @@ impl Table {
 }
 
 /// Ranges in ascending order. First addresses are by themselves, since searching looks at nothing else.
-pub(super) struct Ranges<A> {
+pub(super) struct Ranges<A: Space> {
     bases: Box<[A]>,
-    rest: Box<[(A, Place)]>,
+    rows: Box<[Row<A>]>,
 }
 
-impl<A> Default for Ranges<A> {
+/// The rest of a range. The device is the slot's, at hand so that an access need not look at the slot; `None` if it is not
+/// to be called.
+struct Row<A: Space> {
+    base: A,
+    last: A,
+    place: Place,
+    device: Option<NonNull<A::Device>>,
+}
+
+// SAFETY: no more than addresses; what is there is `Sync`.
+unsafe impl<A: Space> Send for Row<A> {}
+// SAFETY: as above.
+unsafe impl<A: Space> Sync for Row<A> {}
+
+impl<A: Space> Row<A> {
+    #[inline(always)]
+    fn found(&self) -> (NonNull<Slot>, Found<A>) {
+        (self.place.0, Found { base: self.base, device: self.device })
+    }
+}
+
+impl<A: Space> Default for Ranges<A> {
     fn default() -> Self {
-        Ranges { bases: Box::default(), rest: Box::default() }
+        Ranges { bases: Box::default(), rows: Box::default() }
     }
 }
 
@@ -99,30 +128,57 @@ pub(super) enum Miss {
     Straddling,
 }
 
-impl<A: BusAddress> Ranges<A> {
+/// A guest often stays with a device for a while. So a pass remembers the row that it found last, in whatever table, times
+/// `STREAK + 1`, and how often in a row; after `STREAK` times it looks there first. (Always looking there first would
+/// cost those who do not stay more than it gains: processors predict what is usual.)
+const STREAK: usize = 3;
+
+/// Where an access goes.
+struct Found<A: Space> {
+    base: A,
+    device: Option<NonNull<A::Device>>,
+}
+
+impl<A: Space> Ranges<A> {
     fn of(bus: &Bus<A, Place>) -> Ranges<A> {
-        Ranges {
-            bases: bus.iter().map(|(range, _)| range.base()).collect(),
-            rest: bus.iter().map(|(range, place)| (range.last(), *place)).collect(),
+        let mut bases = Vec::with_capacity(bus.len());
+        let mut rows = Vec::with_capacity(bus.len());
+        for (range, place) in bus.iter() {
+            // SAFETY: whoever has the work has the slots that its buses lead to.
+            let slot = unsafe { place.0.as_ref() };
+            let device = A::device(&slot.device).filter(|_| slot.is_open()).map(NonNull::from);
+            bases.push(range.base());
+            rows.push(Row { base: range.base(), last: range.last(), place: *place, device });
         }
+        Ranges { bases: bases.into(), rows: rows.into() }
     }
 
     #[inline(always)]
-    fn find(&self, first: A, last: A) -> Result<(NonNull<Slot>, A), Miss> {
+    fn find(&self, first: A, last: A, hint: &AtomicUsize) -> Result<(NonNull<Slot>, Found<A>), Miss> {
+        let known = hint.load(Ordering::Relaxed);
+        if known & STREAK == STREAK
+            && let Some(row) = self.rows.get(known / (STREAK + 1))
+            && row.base <= first
+            && last <= row.last
+        {
+            return Ok(row.found());
+        }
         let behind = self.bases.partition_point(|base| *base <= first);
         let at = behind.wrapping_sub(1);
-        if let (Some(base), Some((end, place))) = (self.bases.get(at), self.rest.get(at))
-            && last <= *end
+        if let Some(row) = self.rows.get(at)
+            && last <= row.last
         {
-            return Ok((place.0, *base));
+            let same = known / (STREAK + 1) == at && known & STREAK != STREAK;
+            hint.store(if same { known + 1 } else { at * (STREAK + 1) }, Ordering::Relaxed);
+            return Ok(row.found());
         }
         Err(self.miss(behind, first, last))
     }
 
     #[cold]
     fn miss(&self, behind: usize, first: A, last: A) -> Miss {
-        let before = behind.checked_sub(1).and_then(|at| self.rest.get(at));
-        let touched = before.is_some_and(|(end, _)| first <= *end)
+        let before = behind.checked_sub(1).and_then(|at| self.rows.get(at));
+        let touched = before.is_some_and(|row| first <= row.last)
             || self.bases.get(behind).is_some_and(|base| *base <= last);
         if touched { Miss::Straddling } else { Miss::Unclaimed }
     }
@@ -140,6 +196,8 @@ pub(super) mod kind {
 /// One of the two address spaces.
 pub(super) trait Space: BusAddress + 'static {
     type Device: ?Sized;
+    /// Which of a pass's hints is this space's.
+    const HINT: usize;
     fn ranges(table: &Table) -> &Ranges<Self>;
     fn bus(work: &mut Work) -> &mut Bus<Self, Place>;
     fn device(device: &IoDevice) -> Option<&Self::Device>;
@@ -149,6 +207,7 @@ pub(super) trait Space: BusAddress + 'static {
 
 impl Space for PioAddress {
     type Device = dyn DevicePio + Send + Sync;
+    const HINT: usize = 0;
 
     #[inline(always)]
     fn ranges(table: &Table) -> &Ranges<Self> {
@@ -177,6 +236,7 @@ impl Space for PioAddress {
 
 impl Space for MmioAddress {
     type Device = dyn DeviceMmio + Send + Sync;
+    const HINT: usize = 1;
 
     #[inline(always)]
     fn ranges(table: &Table) -> &Ranges<Self> {
@@ -256,30 +316,50 @@ unsafe fn access<A: Space>(
         Err(error) => return Err(refuse(pass, kind::INVALID, error)),
     };
     let last = range.last();
+    let hint = &pass.hints[A::HINT];
     // SAFETY: the caller's pass; left below, on every way. Tables lead to slots that are closed after they were taken out
     // (`IoSpace`).
-    let (slot, base) = match unsafe { gate.enter(pass, |table| A::ranges(table).find(addr, last)) } {
+    let (slot, found) = match unsafe { gate.enter(pass, |table| A::ranges(table).find(addr, last, hint)) } {
         Ok(found) => found,
         Err(Miss::Unclaimed) => return Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
         Err(Miss::Straddling) => return Err(refuse(pass, kind::STRADDLING, Error::DeviceNotFound)),
     };
-    let done = match A::device(&slot.device) {
-        Some(device) if slot.state.load(Ordering::Acquire) == OPEN => {
-            match catch_unwind(AssertUnwindSafe(|| call(device, base, addr - base))) {
+    let done = match found.device {
+        Some(device) => {
+            // SAFETY: the slot has it, and we are in the slot until we leave.
+            let device = unsafe { device.as_ref() };
+            match catch_unwind(AssertUnwindSafe(|| call(device, found.base, addr - found.base))) {
                 Ok(()) => Ok(()),
                 Err(thrown) => {
                     // It may panic again when it is dropped.
                     std::mem::forget(thrown);
-                    slot.fail();
-                    Err(refuse(pass, kind::PANICS, Error::DeviceFailed))
+                    Err(fail(gate, pass, slot))
                 }
             }
         }
-        _ if slot.has_failed() => Err(refuse(pass, kind::FAILED, Error::DeviceFailed)),
-        _ => Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
+        None if slot.has_failed() => Err(refuse(pass, kind::FAILED, Error::DeviceFailed)),
+        None => Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
     };
     gate.leave(pass);
     done
+}
+
+/// Nobody calls it any more, but for who found it in the table before.
+#[cold]
+fn fail(gate: &IoGate, pass: &IoPass, slot: &Slot) -> Error {
+    slot.fail();
+    show(gate, &mut gate.keeper());
+    refuse(pass, kind::PANICS, Error::DeviceFailed)
+}
+
+/// Makes the work visible, if there is anybody to see it.
+pub(super) fn show(gate: &IoGate, keeper: &mut Keeper<Work, Table>) {
+    if keeper.is_watched() {
+        let table = Table::of(&keeper.work);
+        gate.publish(keeper, table);
+    } else {
+        keeper.work.unseen = true;
+    }
 }
 
 #[cold]

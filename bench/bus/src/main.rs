@@ -2,8 +2,6 @@
 //!
 //! `cargo xtask bench bus`; `-- --quick`: a short table, to see that it runs. All times but those of registration are the CPU
 //! time of the thread that accesses, so that other programs on the machine count little.
-#![allow(missing_docs, reason = "a benchmark has no interface")]
-#![allow(unreachable_pub, reason = "a benchmark has no interface")]
 mod registering;
 mod threads;
 mod variants;
@@ -62,26 +60,26 @@ const TARGET: f64 = 1.4;
 
 fn dispatch(effort: Effort) -> usize {
     println!(
-        "\nnanoseconds of a write of 4 bytes to a random one of so many ranges: median of {} alternating",
-        { effort.sets * effort.rounds }
+        "\nnanoseconds of a write of 4 bytes: median of {} alternating rounds (spread of their middle half).",
+        effort.sets * effort.rounds
     );
-    println!("rounds (spread of their middle half). A device stores the bytes in an atomic.");
+    println!(
+        "A device stores the bytes in an atomic. Accessed: a random range each time, or always the same."
+    );
     println!(
         "ratio: ours with a vCPU's handle to the array, median of the rounds' ratios; target {TARGET}, ! if missed\n"
     );
-    println!(
-        "| ranges | sorted array  | ours, handle  | ours, shared  | vm-device     | its Mutex     | ratio  |"
-    );
-    println!(
-        "|--------|---------------|---------------|---------------|---------------|---------------|--------|"
-    );
+    let head = ["ranges", "sorted array", "ours, handle", "ours, shared", "vm-device", "in a Mutex"];
+    println!("| {} | ratio  |", head.map(|head| format!("{head:<13}")).join(" | "));
+    println!("|{}--------|", format!("{:-<15}|", "").repeat(head.len()));
     let mut missed = 0;
-    for ranges in [1, 10, 100, 1000] {
+    let cases = [1, 10, 100, 1000].into_iter().flat_map(|ranges| [(ranges, false), (ranges, true)]).skip(1);
+    for (ranges, same) in cases {
         let mut times: [Vec<f64>; 5] = Default::default();
         for set in 0..effort.sets {
             // Where allocations come to lie decides which of them share places in the cache.
             let displaced = vec![0u8; set * 1040];
-            let addresses = Addresses::new(ranges);
+            let addresses = if same { Addresses::one(ranges / 2) } else { Addresses::new(ranges) };
             let mut variants = variants::all(ranges);
             std::hint::black_box(&displaced);
             for variant in &mut variants {
@@ -95,11 +93,12 @@ fn dispatch(effort: Effort) -> usize {
                 }
             }
         }
+        let name = format!("{ranges:<4} {}", if same { "the same" } else { "random" });
         let ratio = ratio(&times[1], &times[0]);
         let met = ratio <= TARGET;
         missed += usize::from(!met);
         let cells: Vec<String> = times.iter_mut().map(|times| format!("{:<13}", shown(times))).collect();
-        println!("| {ranges:<6} | {} | {ratio:.2}{} |", cells.join(" | "), if met { "  " } else { " !" });
+        println!("| {name:<13} | {} | {ratio:.2}{} |", cells.join(" | "), if met { "  " } else { " !" });
     }
     missed
 }

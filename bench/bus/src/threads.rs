@@ -113,6 +113,7 @@ pub fn table(effort: Effort) -> usize {
     println!(
         "removes it, with pauses of a millisecond or without any (times a second in brackets: ours with handles, vm-device)."
     );
+    println!("The time that a vCPU sleeps because another one has the lock is not in it.");
     println!(
         "ratio: ours with handles to the same alone; target {TARGET} but for the last row, ! if missed\n"
     );

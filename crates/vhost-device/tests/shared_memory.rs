@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, memfd_create};
 use support::echo::{PAGE, ask as op};
 use support::*;
+use vhost_device::DaemonOptions;
 use vhost_user::{
     Answer, BackendCode, BackendListener, BackendReceived, BackendRequest, FrontendEndpoint, ProtocolFeatures,
 };
@@ -30,8 +32,12 @@ fn numbered_pages() -> Arc<File> {
 }
 
 fn daemon(file: &Arc<File>) -> TestDaemon {
+    daemon_with(file, DaemonOptions::default())
+}
+
+fn daemon_with(file: &Arc<File>, options: DaemonOptions) -> TestDaemon {
     let file = file.clone();
-    TestDaemon::with(1, move || {
+    TestDaemon::with_options(1, options, move || {
         let (requests, heard) = (HostRequests::SHARED_OBJECTS, Arc::default());
         Echo::new(8).shared_memory(&REGIONS, file.clone()).host_requests(requests, heard)
     })
@@ -393,4 +399,20 @@ fn policy_8_no_more_is_asked_at_once_than_there_is_room_for() {
         assert_eq!(used.len as usize, "the host refused".len());
     }
     nothing_asked(&mut driver);
+}
+
+/// `--threads`: answers and the end of patience wake a lane that has no thread of its own.
+#[test]
+fn lanes_in_a_pool_hear_answers_and_lose_patience_as_others_do() {
+    let options = DaemonOptions { threads: NonZeroUsize::new(1), ..DaemonOptions::default() };
+    let daemon = daemon_with(&numbered_pages(), options);
+    let mut driver = connected(&daemon);
+    let mut vmm = SharedMemory::new(&[(0, 16 * PAGE)]);
+    for page in 0..3 {
+        assert_eq!(served(&mut driver, &mut vmm, &[op::MAP, 0, page, 1, page, 0]), "done");
+    }
+    let out = send(&mut driver, &[op::MAP, 0, 8, 1, 0, 0]);
+    let _unanswered = next(&mut driver);
+    assert_eq!(text(&mut driver, &out), "the host did not answer");
+    assert_eq!(ask(&mut driver, 0, b"well"), b"well");
 }

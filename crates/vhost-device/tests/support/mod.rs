@@ -33,11 +33,19 @@ impl TestDaemon {
     }
 
     pub fn with(guests: usize, make: impl Fn() -> Echo + Send + 'static) -> TestDaemon {
+        TestDaemon::with_options(guests, DaemonOptions::default(), make)
+    }
+
+    pub fn with_options(
+        guests: usize,
+        options: DaemonOptions,
+        make: impl Fn() -> Echo + Send + 'static,
+    ) -> TestDaemon {
         let dir = TempDir::new();
         let endpoints = (0..guests).map(|i| Endpoint::Path(dir.path().join(format!("s{i}")))).collect();
         let (sender, receiver) = channel();
         let thread = std::thread::spawn(move || {
-            let daemon = Daemon::new(endpoints, DaemonOptions::default(), |_| Ok(make()))?;
+            let daemon = Daemon::new(endpoints, options, |_| Ok(make()))?;
             sender.send(daemon.stopper()).unwrap();
             daemon.serve()
         });

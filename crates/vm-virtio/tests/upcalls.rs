@@ -44,6 +44,8 @@ const DONE: u32 = 1;
 const FAILED: u32 = 2;
 /// Asks the worker to fail.
 const FAIL: u8 = 0xff;
+/// Is done at once; the worker looks an object up for itself.
+const LOOK_UP: u8 = 0xfe;
 
 impl VirtioDevice for Mapper {
     type Worker = MapperWorker;
@@ -81,6 +83,11 @@ impl Worker for MapperWorker {
             queue.reader(&chain).read(&mut page);
             if page[0] == FAIL {
                 return Err(DeviceError::new("asked to"));
+            }
+            if page[0] == LOOK_UP {
+                lane.up.look_up([1; 16]).map_err(DeviceError::new)?;
+                queue.add_used(chain, DONE);
+                continue;
             }
             let to = ShmRange { region: 3, offset: u64::from(page[0]) * PAGE, len: PAGE };
             let file = File::from(memfd_create("page", MemfdFlags::CLOEXEC).map_err(DeviceError::new)?);
@@ -284,32 +291,53 @@ fn policy_8_questions_are_bounded() {
     (0..MAX_UPCALLS).for_each(|_| assert_eq!(answered(&mut host), DONE));
 }
 
-/// 3.4.2: what is under way is finished before the device is suspended, and a state is that of a device that waits for
-/// nothing.
+/// 3.4.2: what is under way is finished before the device is suspended. Also what no request waits for: a state is that of
+/// a device that waits for nothing.
 #[test]
 fn a_suspension_waits_for_answers_and_a_save_does_not_overtake_them() {
-    let (mut host, vmm, _) = host(RingLayout::Split);
-    request(&mut host, 1);
-    let ticket = host.engine().suspend();
-    host.step();
-    assert!(vmm.answer());
-    let suspended: Result<(), SuspendError> = host.finish(ticket);
-    suspended.unwrap();
-    assert_eq!(host.ring(0).used().map(|used| used.len), Some(DONE));
-    let ticket = host.engine().save();
-    assert!(host.finish(ticket).is_ok());
-    let ticket = host.engine().resume();
-    host.finish(ticket);
-    // Without a queue that runs there is nothing to suspend, and still something to wait for.
-    request(&mut host, 2);
-    let stop = host.engine().stop(0, Stop::Drain, None);
-    host.step();
-    let ticket = host.engine().save();
-    assert!(matches!(host.finish(ticket), Err(SnapshotError::Running)));
-    assert!(vmm.answer());
-    host.finish(stop).unwrap();
-    let ticket = host.engine().save();
-    assert!(host.finish(ticket).is_ok());
+    for page in [1, LOOK_UP] {
+        let (mut host, vmm, heard) = host(RingLayout::Split);
+        request(&mut host, page);
+        let ticket = host.engine().suspend();
+        host.step();
+        let (_, responder) = vmm.next().expect("a question");
+        assert!(heard.lock().unwrap().is_empty());
+        responder.respond(Ok(UpcallReply::Done));
+        let suspended: Result<(), SuspendError> = host.finish(ticket);
+        suspended.unwrap();
+        assert_eq!(*heard.lock().unwrap(), [Ok(())], "before it was suspended");
+        assert_eq!(host.ring(0).used().map(|used| used.len), Some(DONE));
+        let ticket = host.engine().save();
+        assert!(host.finish(ticket).is_ok());
+        let ticket = host.engine().resume();
+        host.finish(ticket);
+        // Without a queue that runs there is nothing to suspend, and still something to wait for.
+        request(&mut host, LOOK_UP);
+        let stop = host.engine().stop(0, Stop::Drain, None);
+        host.finish(stop).unwrap();
+        let ticket = host.engine().save();
+        assert!(matches!(host.finish(ticket), Err(SnapshotError::Running)));
+        drop(vmm.next());
+        host.step();
+        let ticket = host.engine().save();
+        assert!(host.finish(ticket).is_ok());
+    }
+}
+
+/// The same, and the host is silent: the suspension waits until the question is given up.
+#[test]
+fn policy_7_a_suspension_outlasts_a_silent_host() {
+    let (mut host, vmm, heard) = host(RingLayout::Split);
+    request(&mut host, LOOK_UP);
+    let mut ticket = host.engine().suspend();
+    let mut suspended = None;
+    assert!(host.run_until(SOON, |_| {
+        suspended = ticket.try_take();
+        suspended.is_some()
+    }));
+    assert!(matches!(suspended, Some(Ok(()))));
+    assert_eq!(*heard.lock().unwrap(), [Err(UpcallError::TimedOut)]);
+    drop(vmm);
 }
 
 #[test]

@@ -1,14 +1,34 @@
 //! A chain while it is being popped: translates and counts its elements, in whatever table they are.
 //!
-//! It has to stay in registers: were its address given to a function that is not inlined, each element would cost a
-//! dozen loads and stores, half of the time of a pop; were it moved in and out of a `Result`, a stall for each copy of a
-//! field that was just written, five times the time. So what is not inlined takes and returns single values, and the
-//! walks go through the device-readable and the device-writable part in two loops, each of which knows what it adds.
-use super::MAX_CHAIN_BYTES;
+//! A direct chain is walked quickly as long as everything is as usual: each element in one piece of the host, a place for
+//! it in the slot, nothing wrong. At the first element that is not, the quick walk leaves what it has in the slot
+//! ([`Gather::pause`]), and a careful one goes on from there ([`Gather::resume`]); only that one knows why a chain is
+//! refused. So the quick walk is a function that calls nothing and comes back to nothing: what it works with stays in
+//! registers, and there are few instructions but those that each element needs.
+//!
+//! Of an indirect chain it has to stay in registers, too: were its address given to a function that is not inlined, each
+//! element would cost a dozen loads and stores; were it moved in and out of a `Result`, a stall for each copy of a field
+//! that was just written. So what is not inlined takes and returns single values, and the walks go through the
+//! device-readable and the device-writable part in two loops, each of which knows what it adds.
 use super::arena::{Arena, Shape, Slot};
 use super::error::QueueError;
 use super::ring_mem::Desc;
+use super::{INDIRECT, MAX_CHAIN_BYTES, NEXT, WRITE};
 use crate::memory::{Access, Directory, Segment};
+
+/// In a paused slot: there has been no device-writable element yet.
+const NOT_TURNED: u32 = u32::MAX;
+
+/// How far a quick walk came.
+#[derive(PartialEq, Eq)]
+pub(super) enum Walked {
+    /// To the end of the chain.
+    Whole,
+    /// To an element that it could not add.
+    Unusual,
+    /// To an element, which it added, behind which there is nothing where it says there is.
+    Missing,
+}
 
 /// Invariant: `next` to `end` is room for segments in the slot's memory, which nobody reads before the slot is taken.
 pub(super) struct Gather<'a> {
@@ -19,6 +39,8 @@ pub(super) struct Gather<'a> {
     end: *mut Segment,
     /// Bytes so far.
     bytes: u64,
+    /// Of those, before the device-writable part, if that has begun.
+    to_read: u64,
     /// Segments before the device-writable part, if that has begun.
     readable: Option<u32>,
 }
@@ -27,7 +49,16 @@ impl<'a> Gather<'a> {
     #[inline(always)]
     pub(super) fn new(arena: &'a Arena, slot: &'a Slot) -> Gather<'a> {
         let (next, end) = slot.room();
-        Gather { arena, slot, directory: arena.ram().directory(), next, end, bytes: 0, readable: None }
+        Gather {
+            arena,
+            slot,
+            directory: arena.ram().directory(),
+            next,
+            end,
+            bytes: 0,
+            to_read: 0,
+            readable: None,
+        }
     }
 
     #[inline(always)]
@@ -35,32 +66,121 @@ impl<'a> Gather<'a> {
         self.directory
     }
 
-    /// Segments so far.
+    /// Segments so far; of a quick walk, elements.
     #[inline(always)]
-    fn count(&self) -> u32 {
+    pub(super) fn count(&self) -> u32 {
         self.slot.count_to(self.next)
+    }
+
+    /// Adds an element if it is in one piece of the host and there is a place for it before the end; else does nothing.
+    #[inline(always)]
+    fn add_usual(&mut self, desc: Desc, access: Access) -> bool {
+        let host = match self.directory.lookup(desc.addr, desc.len(), access) {
+            Some(host) if self.next != self.end => host,
+            _ => return false,
+        };
+        self.bytes += u64::from(desc.len());
+        // SAFETY: `next` is below `end`, see the invariant. The directory is of the snapshot that the slot's epoch keeps
+        // as long as it is taken.
+        unsafe { self.next.write(Segment::new(host, desc.len() as usize)) };
+        self.next = self.next.wrapping_add(1);
+        true
     }
 
     /// Adds an element of the part that the chain is in.
     #[inline(always)]
     fn add(&mut self, desc: Desc, access: Access) -> Result<(), QueueError> {
-        let (addr, len) = (desc.addr, desc.len());
-        self.bytes += u64::from(len);
-        let host = match self.directory.lookup(addr, len, access) {
-            Some(host) if self.next != self.end => host,
-            _ => {
-                (self.next, self.end) = add_pieces(self.arena, self.slot, self.next, (addr, len, access));
-                if self.next.is_null() {
-                    return Err(self.arena.parked());
-                }
-                return Ok(());
-            }
-        };
-        // SAFETY: `next` is below `end`, see the invariant. The directory is of the snapshot that the slot's epoch keeps
-        // as long as it is taken.
-        unsafe { self.next.write(Segment::new(host, len as usize)) };
-        self.next = self.next.wrapping_add(1);
+        if self.add_usual(desc, access) {
+            return Ok(());
+        }
+        self.bytes += u64::from(desc.len());
+        (self.next, self.end) = add_pieces(self.arena, self.slot, self.next, (desc.addr, desc.len(), access));
+        if self.next.is_null() {
+            return Err(self.arena.parked());
+        }
         Ok(())
+    }
+
+    /// The quick walk of a direct chain, from its first element on; `next` reads the element behind one. How far it came,
+    /// and the last element. An element with one of these flags belongs to somebody else.
+    #[inline(always)]
+    pub(super) fn walk<const FOREIGN: u16>(
+        &mut self,
+        mut desc: Desc,
+        flags: impl Fn(Desc) -> u16,
+        mut next: impl FnMut(Desc) -> Option<Desc>,
+    ) -> (Walked, Desc) {
+        while flags(desc) & (FOREIGN | WRITE | INDIRECT) == 0 {
+            if !self.add_usual(desc, Access::Read) {
+                return (Walked::Unusual, desc);
+            }
+            if flags(desc) & NEXT == 0 {
+                return (self.end(), desc);
+            }
+            match next(desc) {
+                Some(next) => desc = next,
+                None => return (Walked::Missing, desc),
+            }
+        }
+        if flags(desc) & (FOREIGN | INDIRECT) != 0 {
+            return (Walked::Unusual, desc);
+        }
+        self.turn();
+        loop {
+            if !self.add_usual(desc, Access::Write) {
+                return (Walked::Unusual, desc);
+            }
+            if flags(desc) & NEXT == 0 {
+                return (self.end(), desc);
+            }
+            match next(desc) {
+                Some(next) => desc = next,
+                None => return (Walked::Missing, desc),
+            }
+            if flags(desc) & (FOREIGN | WRITE | INDIRECT) != WRITE {
+                return (Walked::Unusual, desc);
+            }
+        }
+    }
+
+    /// The end of the quick walk. A chain that is too long, or as long as can be, is not usual.
+    #[inline(always)]
+    fn end(&mut self) -> Walked {
+        if self.bytes >> 32 == 0 {
+            return Walked::Whole;
+        }
+        self.undo();
+        Walked::Unusual
+    }
+
+    /// Takes the element that the quick walk added last out again: it is the careful one's.
+    #[inline(always)]
+    pub(super) fn undo(&mut self) {
+        std::hint::cold_path();
+        self.next = self.next.wrapping_sub(1);
+    }
+
+    /// Leaves what a quick walk has in the slot.
+    #[inline(always)]
+    pub(super) fn pause(&self, id: u16) {
+        let readable = self.readable.unwrap_or(NOT_TURNED);
+        self.slot.set_shape(&Shape { count: self.count(), readable, id, descs: 0, writable: 0 });
+    }
+
+    /// Goes on where a quick walk paused: with how many elements, and the id.
+    pub(super) fn resume(arena: &'a Arena, slot: &'a Slot) -> (Gather<'a>, u32, u16) {
+        let Shape { count, readable, id, .. } = slot.shape();
+        let (segs, end) = slot.room();
+        let readable = (readable != NOT_TURNED).then_some(readable);
+        let directory = arena.ram().directory();
+        let next = segs.wrapping_add(count as usize);
+        // SAFETY: the quick walk has written that many segments there.
+        let so_far = unsafe { std::slice::from_raw_parts(segs, count as usize) };
+        let bytes = so_far.iter().map(|segment| segment.len() as u64).sum();
+        let before = readable.unwrap_or(count) as usize;
+        arena.set_surplus(0);
+        let to_read: u64 = so_far.iter().take(before).map(|segment| segment.len() as u64).sum();
+        (Gather { arena, slot, directory, next, end, bytes, to_read, readable }, count, id)
     }
 
     /// Adds a device-readable element, before all device-writable ones.
@@ -79,6 +199,7 @@ impl<'a> Gather<'a> {
     #[inline(always)]
     pub(super) fn turn(&mut self) {
         self.readable = Some(self.count());
+        self.to_read = self.bytes;
     }
 
     /// Adds an element that may be of either kind.
@@ -102,9 +223,21 @@ impl<'a> Gather<'a> {
         if self.bytes > MAX_CHAIN_BYTES {
             return Err(QueueError::ChainTooLarge(self.bytes));
         }
+        Ok(self.shape(id, descs))
+    }
+
+    /// The same of a chain that a quick walk found the end of.
+    #[inline(always)]
+    pub(super) fn shape(&self, id: u16, descs: u16) -> Shape {
         let count = self.count();
-        let readable = self.readable.unwrap_or(count);
-        Ok(Shape { count, readable, id, descs })
+        match self.readable {
+            None => Shape { count, readable: count, id, descs, writable: 0 },
+            Some(readable) => {
+                // A part of 2^32 bytes is one byte shorter than what can be told of.
+                let writable = u32::try_from(self.bytes - self.to_read).unwrap_or(u32::MAX);
+                Shape { count, readable, id, descs, writable }
+            }
+        }
     }
 }
 
@@ -143,7 +276,7 @@ fn add_pieces(
     })
 }
 
-/// Walks a chain of the split format: each descriptor says which one is next (2.7.5). Stops at the end, or at a
+/// Walks a table of the split format: each descriptor says which one is next (2.7.5). Stops at the end, or at a
 /// descriptor with INDIRECT, which is returned.
 #[inline(always)]
 pub(super) fn walk(
@@ -151,7 +284,6 @@ pub(super) fn walk(
     mut desc: Desc,
     get: impl Fn(u16) -> Option<Desc>,
 ) -> Result<Option<Desc>, QueueError> {
-    use super::{INDIRECT, NEXT, WRITE};
     while desc.split_flags() & (WRITE | INDIRECT) == 0 {
         chain.add_readable(desc)?;
         if desc.split_flags() & NEXT == 0 {

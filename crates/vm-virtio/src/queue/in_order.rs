@@ -25,6 +25,12 @@ impl InOrder {
         InOrder { order: VecDeque::with_capacity(usize::from(size)), run: None }
     }
 
+    /// A chain was popped, in this slot.
+    #[inline(never)]
+    pub(super) fn push(&mut self, slot: u32) {
+        self.order.push_back(slot);
+    }
+
     /// The next chain in order is used: returns the entry to write, if there is one now.
     pub(super) fn used(&mut self, id: u16, written: u32, descs: u16, filled: bool) -> Option<Run> {
         let (chains, before) = self.run.take().map_or((0, 0), |run| (run.chains, run.descs));

@@ -7,7 +7,7 @@
 //!   whole whenever something in it changed, at the address that the front-end gave for it, and of a packed ring also
 //!   the used descriptors, at the guest-physical address of the Descriptor Area.
 //!
-//! A queue without a log pays nothing: see `Queue::slowly`.
+//! A queue without a log pays nothing: see `Way`.
 use std::sync::Arc;
 
 use super::arena::Slot;

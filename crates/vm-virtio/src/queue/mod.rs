@@ -94,6 +94,17 @@ enum Ring {
     Packed(Packed),
 }
 
+/// What there is to do beside the ring.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Nothing.
+    Short,
+    /// In-flight tracking, and nothing else.
+    Tracked,
+    /// Completions have an order, there is a log, or the ring is missing; perhaps in-flight tracking.
+    Long,
+}
+
 /// A virtqueue.
 pub struct Queue {
     /// How many chains may have been popped by the short way: 0 as long as some are to be popped again, else `allowed`.
@@ -108,8 +119,7 @@ pub struct Queue {
     /// It goes on where another process ended.
     follows: bool,
     missing: Missing,
-    /// Completions take the long way: for their order, the log, in-flight tracking, or because the ring is missing.
-    slowly: bool,
+    way: Way,
     size: u16,
     closed: bool,
     /// Dropped chains are not given back any more.
@@ -189,7 +199,7 @@ impl Queue {
             arena: Arena::new(config.size, ram.clone()),
             again,
             follows,
-            slowly: false,
+            way: Way::Short,
             in_order,
             log: None,
             missing: Missing::default(),
@@ -222,35 +232,37 @@ impl Queue {
             Ring::Split(ring) => ring.pop(&self.arena),
             Ring::Packed(ring) => ring.pop(&self.arena),
         };
-        if chain.is_none() || self.slowly {
-            return self.popped(chain);
+        match chain {
+            None => self.missed(),
+            Some(chain) if self.way != Way::Short => self.popped(chain),
+            chain => chain,
         }
-        chain
     }
 
-    /// What is not the usual end of a pop.
+    /// Nothing was popped.
+    #[cold]
     #[inline(never)]
-    fn popped(&mut self, chain: Option<Chain>) -> Option<Chain> {
-        if let Some(chain) = &chain {
-            let slot = self.arena.slot(chain)?;
+    fn missed(&mut self) -> Option<Chain> {
+        match self.arena.violation() {
+            Some(error) => self.stumble(error),
+            None => self.drained.set(self.arena.popped()),
+        }
+        None
+    }
+
+    /// Notes a chain that was popped where there is more than the ring.
+    #[inline(never)]
+    fn popped(&mut self, chain: Chain) -> Option<Chain> {
+        if let Some(slot) = self.arena.slot(&chain) {
             match &mut self.ring {
-                Ring::Split(ring) => {
-                    if let Some(inflight) = &mut ring.inflight {
-                        inflight.pop(slot.id());
-                    }
-                }
-                Ring::Packed(ring) => ring.note(slot),
+                Ring::Split(ring) => ring.track_popped(slot),
+                Ring::Packed(ring) => ring.track_popped(slot),
             }
             if let Some(in_order) = &mut self.in_order {
-                in_order.order.push_back(self.arena.index_of(slot));
-            }
-        } else {
-            match self.arena.violation() {
-                Some(error) => self.stumble(error),
-                None => self.drained.set(self.arena.popped()),
+                in_order.push(self.arena.index_of(slot));
             }
         }
-        chain
+        Some(chain)
     }
 
     /// Pops until there is nothing more, or the budget is spent.
@@ -269,16 +281,11 @@ impl Queue {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
-        let told = written;
-        let written = slot.at_most_room(told);
-        if written != told {
-            self.counters.clamped += 1;
+        if self.way != Way::Short || self.arena.is_old(slot) || written > slot.writable_len() {
+            let slot = self.arena.index_of(slot);
+            return self.add_used_slowly(slot, written);
         }
         self.counters.bytes_written += u64::from(written);
-        if self.slowly || self.arena.is_old(slot) {
-            let slot = self.arena.index_of(slot);
-            return self.complete_slowly(slot, written);
-        }
         match &mut self.ring {
             Ring::Split(ring) => ring.put(slot.id(), written, 1),
             Ring::Packed(ring) => ring.put(slot.id(), written, slot.descs()),
@@ -400,17 +407,25 @@ impl Queue {
     /// the driver wants an interrupt for them. Takes back dropped chains first.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.arena.has_dropped() {
-            self.sweep();
-        }
-        if self.slowly {
-            return self.publish_slowly();
+        if self.arena.has_dropped() || self.way != Way::Short {
+            return self.publish_otherwise();
         }
         self.publish_ring()
     }
 
     #[inline(never)]
+    fn publish_otherwise(&mut self) -> bool {
+        if self.arena.has_dropped() || self.way == Way::Long {
+            return self.publish_slowly();
+        }
+        self.publish_tracked()
+    }
+
+    #[inline(never)]
     fn publish_slowly(&mut self) -> bool {
+        if self.arena.has_dropped() {
+            self.sweep();
+        }
         if !self.has_ring() {
             return false;
         }
@@ -449,7 +464,14 @@ impl Queue {
             Ring::Split(ring) => ring.inflight.is_some(),
             Ring::Packed(ring) => ring.inflight.is_some(),
         };
-        self.slowly = self.in_order.is_some() || self.log.is_some() || tracked || !self.has_ring();
+        let long = self.in_order.is_some() || self.log.is_some() || !self.has_ring();
+        self.way = if long {
+            Way::Long
+        } else if tracked {
+            Way::Tracked
+        } else {
+            Way::Short
+        };
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
@@ -464,7 +486,7 @@ impl Queue {
             Ring::Split(ring) => ring.arm(),
             Ring::Packed(ring) => ring.arm(),
         } | self.resubmits();
-        if self.slowly {
+        if self.way == Way::Long {
             self.log_rings();
         }
         more
@@ -480,7 +502,7 @@ impl Queue {
             Ring::Split(ring) => ring.disarm(),
             Ring::Packed(ring) => ring.disarm(),
         }
-        if self.slowly {
+        if self.way == Way::Long {
             self.log_rings();
         }
     }
@@ -671,6 +693,25 @@ impl Queue {
         drop(foreign);
     }
 
+    /// The rest of [`Self::add_used`].
+    #[inline(never)]
+    fn add_used_slowly(&mut self, slot: u32, told: u32) {
+        let Some(at) = self.arena.at(slot) else { return };
+        let written = told.min(at.writable_len());
+        if written != told {
+            self.counters.clamped += 1;
+        }
+        self.counters.bytes_written += u64::from(written);
+        if self.way != Way::Tracked || self.arena.is_old(at) {
+            return self.complete_slowly(slot, written);
+        }
+        match &mut self.ring {
+            Ring::Split(ring) => ring.put_tracked(at, written),
+            Ring::Packed(ring) => ring.put_tracked(at, written),
+        }
+        self.arena.release(at);
+    }
+
     /// Completes the chain of a slot whose handle has ended.
     #[inline(never)]
     fn complete_slowly(&mut self, slot: u32, written: u32) {
@@ -717,16 +758,8 @@ impl Queue {
     fn track_used(&mut self, slot: u32) {
         let Some(slot) = self.arena.at(slot) else { return };
         match &mut self.ring {
-            Ring::Split(ring) => {
-                if let Some(inflight) = &mut ring.inflight {
-                    inflight.put(slot.id());
-                }
-            }
-            Ring::Packed(ring) => {
-                if let Some(inflight) = &mut ring.inflight {
-                    inflight.put(slot.entry());
-                }
-            }
+            Ring::Split(ring) => ring.track_used(slot),
+            Ring::Packed(ring) => ring.track_used(slot),
         }
     }
 

@@ -6,27 +6,24 @@
 //! others are written as they come, and it last, by a swap with sequential consistency, after which the driver's event
 //! structure is read. The driver does the reverse (2.8.22), so that one of both sees the other.
 //!
-//! Speed. Elements cost what they cost in a split ring once stepping to the next descriptor is one compare that also
-//! is the bounds check, and a branch that is hardly ever taken. Publishing one buffer at a time is dearer by what is
-//! stored before it: the full barrier waits for all of that (a tenth of a nanosecond each, measured by adding stores to
-//! the benchmark's bare loop; longer ways of the id through memory made no difference). Batches pay it once.
+//! Speed. Elements cost what they cost in a split ring: the place is an offset in bytes, so that stepping is an addition and
+//! one compare, which also is the bounds check, with a branch that is hardly ever taken; a descriptor is read with the lap's
+//! flags taken out, so that one test tells whether it is ours and of the usual kind. What a buffer costs beyond the
+//! benchmark's bare loop is instructions: some 275 instead of 175 for a pop of two elements, a completion and a
+//! publication (callgrind), for three calls and the chain's record, which is written at the pop and read at the
+//! completion. With many chains out the records do not fit the first-level cache; so a completion reads one line of
+//! them, the first. Publishing one buffer at a time is dearer by what is stored before it: the full barrier waits for
+//! all of that. Batches pay it once.
 use super::arena::{Arena, Shape, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
-use super::gather::Gather;
+use super::gather::{Gather, Walked};
 use super::indirect;
 use super::inflight::packed::PackedInflight;
-use super::ring_mem::{Desc, Descs, EventArea};
+use super::ring_mem::{Cursor, Desc, EventArea, FOREIGN, PackedRing};
 use super::state::{QueueState, RingPos};
 use super::{INDIRECT, NEXT, Negotiated, WRITE};
-
-/// `VIRTQ_DESC_F_AVAIL` (2.8.1).
-const AVAIL: u16 = 1 << 7;
-/// `VIRTQ_DESC_F_USED` (2.8.1).
-const USED: u16 = 1 << 15;
-/// Both: what tells whose a descriptor is.
-pub(super) const AVAIL_USED: u16 = AVAIL | USED;
 
 /// `RING_EVENT_FLAGS_ENABLE` (2.8.10), in the structure's high half.
 const EVENT_ENABLE: u32 = 0;
@@ -35,94 +32,21 @@ const EVENT_DISABLE: u32 = 1;
 /// `RING_EVENT_FLAGS_DESC`.
 const EVENT_DESC: u32 = 2;
 
-/// An offset in the ring and what flags descriptors have there in this lap.
-#[derive(Clone, Copy)]
-pub(super) struct Cursor {
-    index: u16,
-    /// AVAIL and USED of an available descriptor: AVAIL as the wrap counter, USED the inverse (2.8.1).
-    pattern: u16,
-}
-
-impl Cursor {
-    pub(super) fn new(position: RingPos) -> Cursor {
-        Cursor { index: position.index, pattern: if position.wrap { AVAIL } else { USED } }
-    }
-
-    pub(super) fn position(self) -> RingPos {
-        RingPos { index: self.index, wrap: self.wrap() }
-    }
-
-    #[inline(always)]
-    fn wrap(self) -> bool {
-        self.pattern == AVAIL
-    }
-
-    /// AVAIL and USED of a used descriptor, both as the wrap counter (2.8.1), where they are in its second word.
-    fn used_bits(self) -> u64 {
-        if self.wrap() { u64::from(AVAIL_USED) << 48 } else { 0 }
-    }
-
-    /// Whether the ring has an available descriptor here.
-    pub(super) fn is_available(self, ring: &Descs) -> bool {
-        ring.packed_is(self.index, self.pattern)
-    }
-
-    /// Takes the used flags from the descriptor here, if it has them, so that the driver does not take it for used.
-    /// What else is in it means nothing any more.
-    pub(super) fn make_available(self, ring: &Descs) {
-        if ring.packed_is(self.index, self.pattern ^ USED) {
-            ring.packed_store(self.index, u64::from(self.pattern) << 48);
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn step(&mut self, size: u16) {
-        self.index += 1;
-        if self.index >= size {
-            self.index = 0;
-            self.pattern ^= AVAIL_USED;
-        }
-    }
-
-    /// So many descriptors before this one: at most `size`.
-    #[inline(always)]
-    fn back(self, count: u16, size: u16) -> Cursor {
-        match self.index.checked_sub(count) {
-            Some(index) => Cursor { index, pattern: self.pattern },
-            None => Cursor {
-                index: self.index.wrapping_add(size).wrapping_sub(count),
-                pattern: self.pattern ^ AVAIL_USED,
-            },
-        }
-    }
-
-    /// `count` is at most `size`, which is at most 32768.
-    #[inline(always)]
-    fn advance(&mut self, count: u16, size: u16) {
-        self.index += count;
-        if self.index >= size {
-            self.index -= size;
-            self.pattern ^= AVAIL_USED;
-        }
-    }
-}
-
 pub(super) struct Packed {
-    ring: Descs,
+    ring: PackedRing,
     driver_event: EventArea,
     device_event: EventArea,
     size: u16,
     negotiated: Negotiated,
     next_avail: Cursor,
     next_used: Cursor,
-    /// Where the driver looks, and what it is going to find there: the first used descriptor of the batch.
-    first: (Cursor, u64),
-    /// AVAIL and USED of a used descriptor at `next_used`, where they are in its second word.
-    used_bits: u64,
+    /// Where the driver looks, with the word that it is going to find there: the first used descriptor of the batch.
+    first: Cursor,
     /// Descriptors that the batch passes over; 0: there is none.
     batch: u16,
-    /// Descriptors popped and not published as used: the driver cannot have more than the ring has.
-    in_flight: u16,
+    /// How many descriptors more the driver can make available: those of the ring that are neither popped nor in a batch
+    /// that is not published.
+    room: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
     pub(super) inflight: Option<PackedInflight>,
@@ -155,19 +79,17 @@ impl Packed {
                 "more descriptors are held than lie between the used and the available position",
             ));
         }
-        let next_used = Cursor::new(used);
         Ok(Packed {
-            ring: Descs::new(&areas.desc),
+            ring: PackedRing::new(&areas.desc),
             driver_event: EventArea::new(&areas.driver),
             device_event: EventArea::new(&areas.device),
             size,
             negotiated,
-            next_avail: Cursor::new(avail),
-            next_used,
-            first: (next_used, 0),
-            used_bits: next_used.used_bits(),
+            next_avail: Cursor::available(avail),
+            next_used: Cursor::used(used),
+            first: Cursor::used(used),
             batch: 0,
-            in_flight,
+            room: size - in_flight,
             armed: true,
             inflight: None,
         })
@@ -175,7 +97,7 @@ impl Packed {
 
     /// The same rings, mapped elsewhere.
     pub(super) fn set_areas(&mut self, areas: &Areas) {
-        self.ring = Descs::new(&areas.desc);
+        self.ring = PackedRing::new(&areas.desc);
         self.driver_event = EventArea::new(&areas.driver);
         self.device_event = EventArea::new(&areas.device);
     }
@@ -184,79 +106,114 @@ impl Packed {
     /// Nothing moves in either case.
     #[inline(never)]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
-        match self.try_pop(arena) {
-            Ok(chain) => chain,
-            Err(error) => {
-                arena.park(error);
-                None
-            }
+        let Some(slot) = arena.peek() else { return self.pop_more(arena) };
+        let first = self.ring.read(self.next_avail)?;
+        if first.packed_flags() & FOREIGN != 0 {
+            return None;
         }
+        if first.packed_flags() & INDIRECT != 0 {
+            return self.pop_indirect(arena, slot, first);
+        }
+        self.pop_direct(arena, slot, first)
     }
 
-    #[inline(always)]
-    fn try_pop(&mut self, arena: &Arena) -> Result<Option<Chain>, QueueError> {
-        let start = self.next_avail;
-        let Some(Ok(desc)) = self.ring.packed(start.index, start.pattern) else { return Ok(None) };
-        let Some(slot) = arena.peek() else { return arena.exhausted() };
-        let mut at = start;
-        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
-        let (shape, descs) = if desc.packed_flags() & INDIRECT == 0 {
-            let mut chain = Gather::new(arena, slot);
-            let last = self.walk(&mut chain, desc, &mut at)?;
-            at.step(self.size);
-            // From the start to where the list ends: a whole lap if they are the same, for there is one at least.
-            let lap = if at.index > start.index { 0 } else { self.size };
-            let descs = at.index + lap - start.index;
-            (chain.finish(last.packed_id(), descs)?, descs)
-        } else {
-            self.check_table(desc)?;
-            at.step(self.size);
-            (indirect::packed(Gather::new(arena, slot), desc.addr, desc.len(), desc.packed_id())?, 1)
+    /// Pops a list that begins with this descriptor, none of which is a table.
+    #[inline(never)]
+    fn pop_direct(&mut self, arena: &Arena, slot: &Slot, first: Desc) -> Option<Chain> {
+        let mut at = self.next_avail;
+        let mut chain = Gather::new(arena, slot);
+        let next = |_| {
+            self.ring.step(&mut at);
+            self.ring.read(at)
         };
-        // Both can be the size of the largest ring: the sum does not fit 16 bits.
-        if u32::from(self.in_flight) + u32::from(descs) > u32::from(self.size) {
-            return Err(QueueError::TooManyOutstanding);
+        let (walked, last) = chain.walk::<FOREIGN>(first, Desc::packed_flags, next);
+        // Nothing is missing: there is always a next one in the ring.
+        if walked != Walked::Whole {
+            chain.pause(0);
+            return self.pop_carefully(arena, slot, last);
         }
-        self.in_flight += descs;
+        // As many as there are elements: no more than the ring has.
+        let descs = chain.count() as u16;
+        let Some(room) = self.room.checked_sub(descs) else {
+            chain.undo();
+            chain.pause(0);
+            return self.pop_carefully(arena, slot, last);
+        };
+        self.room = room;
+        self.ring.step(&mut at);
         self.next_avail = at;
-        Ok(Some(arena.take(slot, &shape)))
+        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
+        Some(arena.take(slot, &chain.shape(last.packed_id(), descs)))
+    }
+
+    /// Pops if there is a slot to be had.
+    #[cold]
+    #[inline(never)]
+    fn pop_more(&mut self, arena: &Arena) -> Option<Chain> {
+        if !self.has_available() {
+            return None;
+        }
+        arena.settle(arena.make())??;
+        self.pop(arena)
+    }
+
+    /// Pops a list that is a table.
+    #[inline(never)]
+    fn pop_indirect(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
+        let chain = Gather::new(arena, slot);
+        let checked = self.check_table(desc);
+        let shape = checked.and_then(|()| indirect::packed(chain, desc.addr, desc.len(), desc.packed_id()));
+        self.take(arena, slot, shape)
+    }
+
+    /// Pops a list that the quick walk left, with this element.
+    #[cold]
+    #[inline(never)]
+    fn pop_carefully(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
+        let (chain, before, _) = Gather::resume(arena, slot);
+        let mut at = self.next_avail;
+        // No more elements than the ring has descriptors.
+        self.ring.advance(&mut at, before as u16);
+        if desc.packed_flags() & FOREIGN != 0 {
+            return arena.settle(Err(QueueError::NotAvailable(at.index())));
+        }
+        let shape = rest(chain, desc, before as u16, || {
+            self.ring.step(&mut at);
+            let next = self.ring.read(at).filter(|desc| desc.packed_flags() & FOREIGN == 0);
+            next.ok_or(QueueError::NotAvailable(at.index()))
+        });
+        self.take(arena, slot, shape)
+    }
+
+    /// Takes what was popped, if there is room for it.
+    #[inline(always)]
+    fn take(&mut self, arena: &Arena, slot: &Slot, shape: Result<Shape, QueueError>) -> Option<Chain> {
+        let shape = arena.settle(shape)?;
+        let Some(room) = self.room.checked_sub(shape.descs) else {
+            return arena.settle(Err(QueueError::TooManyOutstanding));
+        };
+        self.room = room;
+        self.ring.advance(&mut self.next_avail, shape.descs);
+        Some(arena.take(slot, &shape))
     }
 
     /// Pops a list that was popped before, and whose descriptors these were: see [`Self::pop`].
     pub(super) fn pop_list(&self, arena: &Arena, descs: &[Desc]) -> Option<Chain> {
-        let popped = match arena.peek() {
-            None => arena.exhausted(),
-            Some(slot) => self.gather_list(arena, slot, descs).map(|shape| Some(arena.take(slot, &shape))),
-        };
-        popped.unwrap_or_else(|error| {
-            arena.park(error);
-            None
-        })
+        let slot = arena.settle(arena.make())??;
+        let shape = arena.settle(self.gather_list(Gather::new(arena, slot), descs))?;
+        Some(arena.take(slot, &shape))
     }
 
-    fn gather_list(&self, arena: &Arena, slot: &Slot, descs: &[Desc]) -> Result<Shape, QueueError> {
-        let mut chain = Gather::new(arena, slot);
-        if let [desc] = descs
-            && desc.packed_flags() & INDIRECT != 0
-        {
-            self.check_table(*desc)?;
-            return indirect::packed(chain, desc.addr, desc.len(), desc.packed_id());
+    fn gather_list(&self, chain: Gather<'_>, descs: &[Desc]) -> Result<Shape, QueueError> {
+        const LENGTH: QueueError = QueueError::State("a list in flight has another length than it says");
+        let [first, others @ ..] = descs else { return Err(LENGTH) };
+        if others.is_empty() && first.packed_flags() & INDIRECT != 0 {
+            self.check_table(*first)?;
+            return indirect::packed(chain, first.addr, first.len(), first.packed_id());
         }
-        let (mut id, mut left) = (0, descs.len());
-        for desc in descs {
-            let flags = desc.packed_flags();
-            left -= 1;
-            if flags & INDIRECT != 0 {
-                return Err(QueueError::IndirectInList);
-            }
-            if (flags & NEXT != 0) != (left > 0) {
-                return Err(QueueError::State("a list in flight has another length than it says"));
-            }
-            chain.add_any(*desc, flags & WRITE != 0)?;
-            id = desc.packed_id();
-        }
-        // Not more than there are entries.
-        chain.finish(id, descs.len() as u16)
+        let mut others = others.iter();
+        let shape = rest(chain, *first, 0, || others.next().copied().ok_or(LENGTH))?;
+        if others.next().is_some() { Err(LENGTH) } else { Ok(shape) }
     }
 
     /// A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
@@ -274,49 +231,32 @@ impl Packed {
     /// Notes the list that was popped last in the in-flight region. Its descriptors are read once more: they do not
     /// change, or who changed them is told of it when it comes back.
     #[inline(always)]
-    pub(super) fn note(&mut self, slot: &Slot) {
-        let start = self.next_avail.back(slot.descs(), self.size).index;
-        let (ring, size) = (&self.ring, self.size);
+    pub(super) fn track_popped(&mut self, slot: &Slot) {
+        let mut at = self.ring.back(self.next_avail, slot.descs());
+        let ring = &self.ring;
         if let Some(inflight) = &mut self.inflight {
-            let desc = |i| {
-                let at = start + i;
-                ring.any(if at >= size { at - size } else { at })
+            let desc = |_| {
+                let desc = ring.read(at);
+                ring.step(&mut at);
+                desc
             };
             slot.set_entry(inflight.pop(slot.descs(), desc));
         }
     }
 
-    /// Walks a list of direct descriptors and returns the last one, which `at` is then at. It has no more descriptors
-    /// than the ring: the chain takes no more elements.
+    /// Notes that the list is part of the batch that is published next.
     #[inline(always)]
-    fn walk(&self, chain: &mut Gather<'_>, mut desc: Desc, at: &mut Cursor) -> Result<Desc, QueueError> {
-        let next = |at: &mut Cursor| {
-            let next = self.ring.packed_next(&mut at.index, &mut at.pattern);
-            next.ok_or(QueueError::NotAvailable(at.index))
-        };
-        while desc.packed_flags() & (WRITE | INDIRECT) == 0 {
-            chain.add_readable(desc)?;
-            if desc.packed_flags() & NEXT == 0 {
-                return Ok(desc);
-            }
-            desc = next(at)?;
+    pub(super) fn track_used(&mut self, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put(slot.entry());
         }
-        if desc.packed_flags() & INDIRECT == 0 {
-            chain.turn();
-            loop {
-                chain.add_writable(desc)?;
-                if desc.packed_flags() & NEXT == 0 {
-                    return Ok(desc);
-                }
-                desc = next(at)?;
-                if desc.packed_flags() & (WRITE | INDIRECT) != WRITE {
-                    break;
-                }
-            }
-        }
-        // A list is either direct or one indirect descriptor (2.8.5, 2.8.19).
-        let indirect = desc.packed_flags() & INDIRECT != 0;
-        Err(if indirect { QueueError::IndirectInList } else { QueueError::ReadableAfterWritable })
+    }
+
+    /// Writes a used descriptor for one list, and notes it.
+    #[inline(always)]
+    pub(super) fn put_tracked(&mut self, slot: &Slot, written: u32) {
+        self.put(slot.id(), written, slot.descs());
+        self.track_used(slot);
     }
 
     /// Steps back over the list that was popped last.
@@ -325,8 +265,8 @@ impl Packed {
             inflight.unpop(slot.entry());
         }
         let descs = slot.descs();
-        self.in_flight = self.in_flight.saturating_sub(descs);
-        self.next_avail = self.next_avail.back(descs, self.size);
+        self.room = self.room.saturating_add(descs);
+        self.next_avail = self.ring.back(self.next_avail, descs);
     }
 
     /// Writes a used descriptor that passes over `descs` descriptors: of one list, or of a batch whose last has this
@@ -336,18 +276,15 @@ impl Packed {
         let at = self.next_used;
         // WRITE says whether something was written, and only then the length means something (2.8.3, 2.8.4).
         let write = if written > 0 { u64::from(WRITE) << 48 } else { 0 };
-        let word = u64::from(written) | (u64::from(id) << 32) | write | self.used_bits;
+        let word = u64::from(written) | (u64::from(id) << 32) | write | at.bits();
         if self.batch == 0 {
-            self.first = (at, word);
+            self.first = at.with_word(word);
         } else {
-            self.ring.packed_store(at.index, word);
+            self.ring.store(at, word);
         }
         // Not above `size`: the lists of a batch are in flight until it is published.
         self.batch = self.batch.wrapping_add(descs);
-        self.next_used.advance(descs, self.size);
-        if self.next_used.pattern != at.pattern {
-            self.used_bits = self.next_used.used_bits();
-        }
+        self.ring.advance(&mut self.next_used, descs);
     }
 
     /// Makes the batch visible; whether the driver wants an interrupt for it (2.8.10).
@@ -357,10 +294,10 @@ impl Packed {
         if batch == 0 {
             return false;
         }
-        let (start, word) = self.first;
-        self.ring.packed_publish(start.index, word);
+        let start = self.first;
+        self.ring.publish(start);
         self.batch = 0;
-        self.in_flight = self.in_flight.wrapping_sub(batch);
+        self.room = self.room.wrapping_add(batch);
         let event = self.driver_event.load();
         match (event >> 16) & 3 {
             EVENT_DISABLE => false,
@@ -368,7 +305,7 @@ impl Packed {
                 // How far from the batch's start to the descriptor that the driver waits for: within the batch?
                 let offset = event & 0x7fff;
                 let lap = if (event & 0x8000 != 0) == start.wrap() { 0 } else { u32::from(self.size) };
-                let distance = (offset + lap).wrapping_sub(u32::from(start.index));
+                let distance = (offset + lap).wrapping_sub(u32::from(start.index()));
                 distance < u32::from(batch)
             }
             // ENABLE; and what means nothing here (the reserved 3, DESC without the feature) loses no interrupt.
@@ -387,7 +324,7 @@ impl Packed {
 
     #[inline(always)]
     pub(super) fn has_available(&self) -> bool {
-        self.ring.packed_is(self.next_avail.index, self.next_avail.pattern)
+        self.ring.is(self.next_avail)
     }
 
     /// Asks for a kick at the next descriptor; whether it is there already.
@@ -395,7 +332,7 @@ impl Packed {
         self.armed = true;
         let at = self.next_avail;
         let event = if self.negotiated.event_idx {
-            (EVENT_DESC << 16) | u32::from(at.index) | (u32::from(at.wrap()) << 15)
+            (EVENT_DESC << 16) | u32::from(at.index()) | (u32::from(at.wrap()) << 15)
         } else {
             EVENT_ENABLE << 16
         };
@@ -413,7 +350,31 @@ impl Packed {
     }
 
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
-        let published = if self.batch > 0 { self.first.0 } else { self.next_used };
+        let published = if self.batch > 0 { self.first } else { self.next_used };
         (self.next_avail.position(), published.position())
+    }
+}
+
+/// The careful walk: adds an element, behind so many, and all that follow.
+fn rest(
+    mut chain: Gather<'_>,
+    mut desc: Desc,
+    before: u16,
+    mut next: impl FnMut() -> Result<Desc, QueueError>,
+) -> Result<Shape, QueueError> {
+    let mut descs = before;
+    loop {
+        let flags = desc.packed_flags();
+        // A list is either direct or one indirect descriptor (2.8.5, 2.8.19).
+        if flags & INDIRECT != 0 {
+            return Err(QueueError::IndirectInList);
+        }
+        chain.add_any(desc, flags & WRITE != 0)?;
+        // A chain does not take more elements than the queue has entries.
+        descs += 1;
+        if flags & NEXT == 0 {
+            return chain.finish(desc.packed_id(), descs);
+        }
+        desc = next()?;
     }
 }

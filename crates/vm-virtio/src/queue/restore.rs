@@ -55,7 +55,9 @@ impl Queue {
         for chain in held {
             let slot = self
                 .arena
-                .peek()
+                .make()
+                .ok()
+                .flatten()
                 .ok_or(QueueError::State("more chains are held than the queue has entries"))?;
             let mut gather = Gather::new(&self.arena, slot);
             for (addr, len) in &chain.readable {
@@ -69,7 +71,7 @@ impl Queue {
             let room = slot.writable_len();
             let slot = self.arena.index_of(slot);
             if let Some(in_order) = &mut self.in_order {
-                in_order.order.push_back(slot);
+                in_order.push(slot);
             }
             match chain.completed {
                 None => self.unclaimed.push(handle),

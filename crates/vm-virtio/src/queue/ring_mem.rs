@@ -6,7 +6,15 @@
 //! time: all accesses are atomic, each field is read once per call.
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use super::state::RingPos;
 use super::stores::store;
+
+/// `VIRTQ_DESC_F_AVAIL` (2.8.1), where it is in the second word of a packed ring's descriptor.
+const AVAIL: u64 = 1 << (48 + 7);
+/// `VIRTQ_DESC_F_USED` (2.8.1).
+const USED: u64 = 1 << (48 + 15);
+/// Of a descriptor that was [read](PackedRing::read): it is not available.
+pub(super) const FOREIGN: u16 = ((AVAIL | USED) >> 48) as u16;
 
 /// A contiguous, aligned piece of guest memory in the host.
 pub(super) struct Area {
@@ -106,69 +114,159 @@ impl Descs {
             word: u64::from_le(word.load(Ordering::Relaxed)),
         })
     }
+}
 
-    /// Reads a descriptor of a packed ring if its AVAIL and USED flags are as `pattern` says.
+/// Where in a packed ring, and in which lap.
+#[derive(Clone, Copy)]
+pub(super) struct Cursor {
+    /// In bytes: a multiple of 16.
+    offset: u32,
+    /// AVAIL and USED of a descriptor in this lap, where they are in its second word (2.8.1).
+    bits: u64,
+}
+
+impl Cursor {
+    /// By the flags of an available descriptor: AVAIL as the wrap counter, USED the inverse.
+    pub(super) fn available(position: RingPos) -> Cursor {
+        Cursor::new(position, if position.wrap { AVAIL } else { USED })
+    }
+
+    /// By the flags of a used descriptor: both as the wrap counter.
+    pub(super) fn used(position: RingPos) -> Cursor {
+        Cursor::new(position, if position.wrap { AVAIL | USED } else { 0 })
+    }
+
+    fn new(position: RingPos, bits: u64) -> Cursor {
+        Cursor { offset: u32::from(position.index) * 16, bits }
+    }
+
+    #[inline(always)]
+    pub(super) fn index(self) -> u16 {
+        // No ring has more than 32768 descriptors.
+        (self.offset / 16) as u16
+    }
+
+    #[inline(always)]
+    pub(super) fn wrap(self) -> bool {
+        self.bits & AVAIL != 0
+    }
+
+    pub(super) fn position(self) -> RingPos {
+        RingPos { index: self.index(), wrap: self.wrap() }
+    }
+
+    /// The flags.
+    #[inline(always)]
+    pub(super) fn bits(self) -> u64 {
+        self.bits
+    }
+
+    /// The same place, with a second word that has the flags of this lap.
+    #[inline(always)]
+    pub(super) fn with_word(self, word: u64) -> Cursor {
+        Cursor { offset: self.offset, bits: word }
+    }
+}
+
+/// The descriptors of a packed ring.
+pub(super) struct PackedRing {
+    host: *const u8,
+    /// In bytes: a multiple of 16, and not 0.
+    len: u32,
+}
+
+// SAFETY: see `Descs`.
+unsafe impl Send for PackedRing {}
+
+impl PackedRing {
+    /// The area is of a queue with at most 32768 entries.
+    pub(super) fn new(area: &Area) -> PackedRing {
+        PackedRing { host: area.host, len: area.entries(0, 16).clamp(1, 1 << 15) * 16 }
+    }
+
+    #[inline(always)]
+    fn words(&self, at: Cursor) -> Option<(&AtomicU64, &AtomicU64)> {
+        if at.offset >= self.len {
+            return None;
+        }
+        let host = self.host.wrapping_add(at.offset as usize);
+        // SAFETY: the area has `len` bytes and is aligned to 16; `offset` is below that, and both are multiples of 16;
+        // atomics may be shared.
+        Some(unsafe { (&*host.cast(), &*host.wrapping_add(8).cast()) })
+    }
+
+    /// Reads a descriptor, with flags that have neither AVAIL nor USED if it is available in this lap.
     ///
     /// The flags come with the length and the id in one load, which is single-copy atomic: if it sees the flags that
     /// made the descriptor available, it sees what the driver wrote there before (2.8.21.1.1). Acquire orders the
     /// address, and the further descriptors of the list, behind it.
     #[inline(always)]
-    pub(super) fn packed(&self, index: u16, pattern: u16) -> Option<Result<Desc, u16>> {
-        let (addr, word) = self.words(index)?;
-        let word = u64::from_le(word.load(Ordering::Acquire));
-        let flags = (word >> 48) as u16;
-        if flags & super::packed::AVAIL_USED != pattern {
-            return Some(Err(flags));
-        }
-        Some(Ok(Desc { addr: u64::from_le(addr.load(Ordering::Relaxed)), word }))
+    pub(super) fn read(&self, at: Cursor) -> Option<Desc> {
+        let (addr, word) = self.words(at)?;
+        let word = u64::from_le(word.load(Ordering::Acquire)) ^ at.bits;
+        Some(Desc { addr: u64::from_le(addr.load(Ordering::Relaxed)), word })
     }
 
-    /// Reads the descriptor behind the one at `index`, which becomes its index, if its AVAIL and USED flags are as
-    /// `pattern` says, which changes at the end of the ring (2.8.1). Orders what is read later behind it.
+    /// One descriptor further: at the end of the ring the next lap begins (2.8.1).
     #[inline(always)]
-    pub(super) fn packed_next(&self, index: &mut u16, pattern: &mut u16) -> Option<Desc> {
-        *index += 1;
-        if u32::from(*index) >= self.size {
-            *index = 0;
-            *pattern ^= super::packed::AVAIL_USED;
+    pub(super) fn step(&self, at: &mut Cursor) {
+        at.offset += 16;
+        if at.offset >= self.len {
             std::hint::cold_path();
-        }
-        let at = usize::from(*index) * 2;
-        // SAFETY: just seen to be below `size`, or 0, and there is one descriptor at least; else as in `words`.
-        let (addr, word) = unsafe { (&*self.words.add(at), &*self.words.add(at + 1)) };
-        let word = u64::from_le(word.load(Ordering::Acquire));
-        let ours = (word >> 48) as u16 & super::packed::AVAIL_USED == *pattern;
-        ours.then(|| Desc { addr: u64::from_le(addr.load(Ordering::Relaxed)), word })
-    }
-
-    /// Whether the AVAIL and USED flags are as `pattern` says.
-    #[inline(always)]
-    pub(super) fn packed_is(&self, index: u16, pattern: u16) -> bool {
-        self.words(index).is_some_and(|(_, word)| {
-            (u64::from_le(word.load(Ordering::SeqCst)) >> 48) as u16 & super::packed::AVAIL_USED == pattern
-        })
-    }
-
-    /// Writes the second word of a used descriptor of a packed ring that no driver looks at yet.
-    #[inline(always)]
-    pub(super) fn packed_store(&self, index: u16, word: u64) {
-        if let Some((_, slot)) = self.words(index) {
-            store(|| slot.store(word.to_le(), Ordering::Relaxed));
+            *at = Cursor { offset: 0, bits: at.bits ^ (AVAIL | USED) };
         }
     }
 
-    /// Reads a descriptor, whoever's it is; `None` beyond the end.
+    /// `count` descriptors further: no more than the ring has.
     #[inline(always)]
-    pub(super) fn any(&self, index: u16) -> Option<Desc> {
-        self.split(index)
+    pub(super) fn advance(&self, at: &mut Cursor, count: u16) {
+        at.offset += u32::from(count) * 16;
+        if at.offset >= self.len {
+            std::hint::cold_path();
+            *at = Cursor { offset: at.offset - self.len, bits: at.bits ^ (AVAIL | USED) };
+        }
+    }
+
+    /// So many before: no more than the ring has.
+    pub(super) fn back(&self, at: Cursor, count: u16) -> Cursor {
+        match at.offset.checked_sub(u32::from(count) * 16) {
+            Some(offset) => Cursor { offset, ..at },
+            None => {
+                let offset = at.offset.wrapping_add(self.len).wrapping_sub(u32::from(count) * 16);
+                Cursor { offset, bits: at.bits ^ (AVAIL | USED) }
+            }
+        }
+    }
+
+    /// Whether the descriptor has the flags of this lap.
+    #[inline(always)]
+    pub(super) fn is(&self, at: Cursor) -> bool {
+        let word = |(_, word): (&AtomicU64, &AtomicU64)| u64::from_le(word.load(Ordering::SeqCst));
+        self.words(at).map(word).is_some_and(|word| (word ^ at.bits) & (AVAIL | USED) == 0)
+    }
+
+    /// Takes the used flags from the descriptor, if it has them, so that the driver does not take it for used. What else
+    /// is in it means nothing any more. The flags of the lap are those of available ones.
+    pub(super) fn make_available(&self, at: Cursor) {
+        if self.is(at.with_word(at.bits ^ USED)) {
+            self.store(at, at.bits);
+        }
+    }
+
+    /// Writes the second word of a used descriptor that no driver looks at yet.
+    #[inline(always)]
+    pub(super) fn store(&self, at: Cursor, word: u64) {
+        if let Some((_, place)) = self.words(at) {
+            store(|| place.store(word.to_le(), Ordering::Relaxed));
+        }
     }
 
     /// Writes the second word of the used descriptor that the driver polls, as a full barrier: the words stored
     /// before are visible to who sees this one, and no later load is done before it.
     #[inline(always)]
-    pub(super) fn packed_publish(&self, index: u16, word: u64) {
-        if let Some((_, slot)) = self.words(index) {
-            store(|| slot.swap(word.to_le(), Ordering::SeqCst));
+    pub(super) fn publish(&self, at: Cursor) {
+        if let Some((_, place)) = self.words(at) {
+            store(|| place.swap(at.bits.to_le(), Ordering::SeqCst));
         }
     }
 }

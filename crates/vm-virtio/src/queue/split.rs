@@ -9,12 +9,12 @@ use super::arena::{Arena, Shape, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
-use super::gather::{Gather, walk};
+use super::gather::{Gather, Walked};
 use super::indirect;
 use super::inflight::split::SplitInflight;
 use super::ring_mem::{AvailRing, Desc, Descs, UsedRing};
 use super::state::{QueueState, RingPos};
-use super::{INDIRECT, NEXT, Negotiated};
+use super::{INDIRECT, NEXT, Negotiated, WRITE};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -98,55 +98,110 @@ impl Split {
     /// Nothing moves in either case.
     #[inline(never)]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
-        match self.try_pop(arena) {
-            Ok(chain) => chain,
-            Err(error) => {
-                arena.park(error);
-                None
+        if self.next_avail == self.avail_idx {
+            let idx = self.avail.idx();
+            let ahead = idx.wrapping_sub(self.next_avail);
+            if ahead == 0 {
+                return None;
             }
+            if ahead > self.size {
+                return self.refuse_index(arena, idx);
+            }
+            self.avail_idx = idx;
         }
+        let Some(slot) = arena.peek() else { return self.pop_more(arena) };
+        let head = self.avail.head(self.next_avail);
+        let Some(first) = self.desc.split(head) else { return self.refuse_head(arena, head) };
+        if first.split_flags() & INDIRECT != 0 {
+            return self.pop_indirect(arena, first, head);
+        }
+        let mut chain = Gather::new(arena, slot);
+        let (walked, last) =
+            chain.walk::<0>(first, Desc::split_flags, |desc| self.desc.split(desc.split_next()));
+        match walked {
+            Walked::Whole => {}
+            Walked::Unusual => {
+                chain.pause(head);
+                return self.pop_carefully(arena, last);
+            }
+            Walked::Missing => return self.refuse_next(arena, last.split_next()),
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(arena.take(slot, &chain.shape(head, 1)))
     }
 
-    #[inline(always)]
-    fn try_pop(&mut self, arena: &Arena) -> Result<Option<Chain>, QueueError> {
-        if self.next_avail == self.avail_idx && !self.refresh()? {
-            return Ok(None);
-        }
-        let Some(slot) = arena.peek() else { return arena.exhausted() };
-        let head = self.avail.head(self.next_avail);
-        let shape = self.gather(arena, slot, head)?;
+    #[cold]
+    #[inline(never)]
+    fn refuse_index(&self, arena: &Arena, idx: u16) -> Option<Chain> {
+        arena.settle(Err(QueueError::AvailIndex { idx, next: self.next_avail }))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
+        arena.settle(Err(QueueError::Head(head)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse_next(&self, arena: &Arena, next: u16) -> Option<Chain> {
+        arena.settle(Err(QueueError::Next(next)))
+    }
+
+    /// Pops if there is a slot to be had.
+    #[cold]
+    #[inline(never)]
+    fn pop_more(&mut self, arena: &Arena) -> Option<Chain> {
+        arena.settle(arena.make())??;
+        self.pop(arena)
+    }
+
+    /// Pops a chain that begins with a table.
+    #[inline(never)]
+    fn pop_indirect(&mut self, arena: &Arena, desc: Desc, head: u16) -> Option<Chain> {
+        let slot = arena.peek()?;
+        let chain = Gather::new(arena, slot);
+        let checked = self.check_table(desc);
+        let shape =
+            arena.settle(checked.and_then(|()| indirect::split(chain, desc.addr, desc.len(), head)))?;
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(arena.take(slot, &shape)))
+        Some(arena.take(slot, &shape))
+    }
+
+    /// Pops a chain that the quick walk left, with this element.
+    #[cold]
+    #[inline(never)]
+    fn pop_carefully(&mut self, arena: &Arena, desc: Desc) -> Option<Chain> {
+        let slot = arena.peek()?;
+        let (chain, _, head) = Gather::resume(arena, slot);
+        let shape = arena.settle(self.rest(chain, desc, head))?;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(arena.take(slot, &shape))
     }
 
     /// Pops a chain that was popped before, by its head: see [`Self::pop`].
     pub(super) fn pop_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
-        let popped = match arena.peek() {
-            None => arena.exhausted(),
-            Some(slot) => self.gather(arena, slot, head).map(|shape| Some(arena.take(slot, &shape))),
-        };
-        popped.unwrap_or_else(|error| {
-            arena.park(error);
-            None
-        })
+        let slot = arena.settle(arena.make())??;
+        let first = self.desc.split(head).ok_or(QueueError::Head(head));
+        let shape = first.and_then(|desc| self.rest(Gather::new(arena, slot), desc, head));
+        Some(arena.take(slot, &arena.settle(shape)?))
     }
 
-    #[inline(always)]
-    fn gather(&self, arena: &Arena, slot: &Slot, head: u16) -> Result<Shape, QueueError> {
-        let Some(desc) = self.desc.split(head) else { return Err(QueueError::Head(head)) };
-        if desc.split_flags() & INDIRECT == 0 {
-            let mut chain = Gather::new(arena, slot);
-            match walk(&mut chain, desc, |next| self.desc.split(next))? {
-                None => chain.finish(head, 1),
-                Some(table) => {
-                    // Zero or more direct ones may come before it (2.7.5.3.2).
-                    self.check_table(table)?;
-                    indirect::split_behind(chain, table.addr, table.len(), head)
-                }
+    /// The careful walk: adds an element and all that follow.
+    fn rest(&self, mut chain: Gather<'_>, mut desc: Desc, head: u16) -> Result<Shape, QueueError> {
+        loop {
+            let flags = desc.split_flags();
+            if flags & INDIRECT != 0 {
+                // Zero or more direct ones may come before it (2.7.5.3.2).
+                self.check_table(desc)?;
+                return indirect::split_behind(chain, desc.addr, desc.len(), head);
             }
-        } else {
-            self.check_table(desc)?;
-            indirect::split(Gather::new(arena, slot), desc.addr, desc.len(), head)
+            chain.add_any(desc, flags & WRITE != 0)?;
+            if flags & NEXT == 0 {
+                return chain.finish(head, 1);
+            }
+            let next = desc.split_next();
+            desc = self.desc.split(next).ok_or(QueueError::Next(next))?;
         }
     }
 
@@ -162,16 +217,27 @@ impl Split {
         Ok(())
     }
 
-    /// Reads the available index; whether there is something to pop.
+    /// Notes the chain that was popped last in the in-flight region.
     #[inline(always)]
-    fn refresh(&mut self) -> Result<bool, QueueError> {
-        let idx = self.avail.idx();
-        let ahead = idx.wrapping_sub(self.next_avail);
-        if ahead > self.size {
-            return Err(QueueError::AvailIndex { idx, next: self.next_avail });
+    pub(super) fn track_popped(&mut self, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.pop(slot.id());
         }
-        self.avail_idx = idx;
-        Ok(ahead != 0)
+    }
+
+    /// Notes that the chain is part of the batch that is published next.
+    #[inline(always)]
+    pub(super) fn track_used(&mut self, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put(slot.id());
+        }
+    }
+
+    /// Writes a used entry for one chain, and notes it.
+    #[inline(always)]
+    pub(super) fn put_tracked(&mut self, slot: &Slot, written: u32) {
+        self.put(slot.id(), written, 1);
+        self.track_used(slot);
     }
 
     /// Steps back over the chain that was popped last.

@@ -56,6 +56,8 @@ pub(super) struct Slot {
     seq: Cell<u32>,
     /// Of the snapshot that the segments are in; for a free slot, of the current one.
     epoch: Cell<u32>,
+    /// Bytes of the device-writable part.
+    writable: Cell<u32>,
     next: AtomicPtr<Slot>,
     shared: *const Shared,
     written: Cell<u32>,
@@ -75,6 +77,8 @@ pub(super) struct Shape {
     pub(super) readable: u32,
     pub(super) id: u16,
     pub(super) descs: u16,
+    /// Bytes of the device-writable part, or `u32::MAX` if there are more.
+    pub(super) writable: u32,
 }
 
 impl Slot {
@@ -88,21 +92,25 @@ impl Slot {
         self.descs.get()
     }
 
-    /// Bytes of the device-writable part; a part of 2^32 bytes is one byte shorter than what can be told of.
-    pub(super) fn writable_len(&self) -> u32 {
-        let sum = self.segments().1.iter().map(|segment| segment.len() as u64).sum::<u64>();
-        u32::try_from(sum).unwrap_or(u32::MAX)
+    #[inline(always)]
+    pub(super) fn set_shape(&self, shape: &Shape) {
+        self.count.set(shape.count);
+        self.readable.set(shape.readable);
+        self.id.set(shape.id);
+        self.descs.set(shape.descs);
+        self.writable.set(shape.writable);
     }
 
-    /// `written`, or what there is room for if that is less.
+    pub(super) fn shape(&self) -> Shape {
+        let (count, readable) = (self.count.get(), self.readable.get());
+        let (descs, writable) = (self.descs.get(), self.writable.get());
+        Shape { count, readable, id: self.id.get(), descs, writable }
+    }
+
+    /// Bytes of the device-writable part; a part of 2^32 bytes is one byte shorter than what can be told of.
     #[inline(always)]
-    pub(super) fn at_most_room(&self, written: u32) -> u32 {
-        // Added up only if the first segment does not tell: a store less for each pop.
-        match self.segments().1 {
-            _ if written == 0 => 0,
-            [first, ..] if written as usize <= first.len() => written,
-            _ => written.min(self.writable_len()),
-        }
+    pub(super) fn writable_len(&self) -> u32 {
+        self.writable.get()
     }
 
     #[inline(always)]
@@ -326,23 +334,27 @@ impl Arena {
         let _ = unsafe { self.shared.as_ref() }.waker.set(waker);
     }
 
-    /// The slot that [`Self::take`] will take.
+    /// The slot that [`Self::take`] will take; `None`: ask [`Self::make`].
     #[inline(always)]
     pub(super) fn peek(&self) -> Option<&Slot> {
-        match NonNull::new(self.free.get()) {
-            // SAFETY: free slots are made and in memory that lives as long as `self`.
-            Some(slot) => Some(unsafe { &*slot.as_ptr() }),
-            None => self.make(),
-        }
+        // SAFETY: free slots are made and in memory that lives as long as `self`.
+        unsafe { self.free.get().as_ref() }
     }
 
-    /// Makes one more slot, if not all are: memory of slots that a queue never needs is never touched.
+    /// Makes one more slot if none is free, if not all are: memory of slots that a queue never needs is never touched.
+    ///
+    /// If there is none left, as many chains are taken as the queue has entries, and the driver has more available.
+    /// Either it reuses what it does not own, which is an error, or the device has dropped some, which are the driver's
+    /// again after the next publication: `None`.
     #[cold]
     #[inline(never)]
-    fn make(&self) -> Option<&Slot> {
+    pub(super) fn make(&self) -> Result<Option<&Slot>, QueueError> {
+        if let Some(slot) = self.peek() {
+            return Ok(Some(slot));
+        }
         let made = self.memory.made.get();
         if made >= self.memory.len {
-            return None;
+            return if self.has_dropped() { Ok(None) } else { Err(QueueError::TooManyOutstanding) };
         }
         // SAFETY: `made` is below the length of the allocation, and that slot is nobody's yet.
         let slot = unsafe {
@@ -356,6 +368,7 @@ impl Arena {
                 descs: Cell::new(0),
                 seq: Cell::new(0),
                 epoch: Cell::new(self.epochs.number),
+                writable: Cell::new(0),
                 next: AtomicPtr::new(ptr::null_mut()),
                 shared: self.shared.as_ptr(),
                 written: Cell::new(0),
@@ -369,17 +382,14 @@ impl Arena {
         self.set_room(slot, slot.inline.get().cast(), 0);
         self.memory.made.set(made + 1);
         self.free.set(ptr::from_ref(slot).cast_mut());
-        Some(slot)
+        Ok(Some(slot))
     }
 
     /// Takes the slot that [`Self::peek`] gave, and which has its segments by now.
     #[inline(always)]
     pub(super) fn take(&self, slot: &Slot, shape: &Shape) -> Chain {
         self.free.set(slot.next.load(Ordering::Relaxed));
-        slot.count.set(shape.count);
-        slot.readable.set(shape.readable);
-        slot.id.set(shape.id);
-        slot.descs.set(shape.descs);
+        slot.set_shape(shape);
         let popped = self.popped.get() + 1;
         slot.seq.set(popped as u32);
         self.popped.set(popped);
@@ -428,15 +438,6 @@ impl Arena {
         self.popped.get() as u32
     }
 
-    /// No slot is left: as many chains are taken as the queue has entries, and the driver has more available. Either it
-    /// reuses what it does not own, or the device has dropped some, which are the driver's again after the next
-    /// publication.
-    #[cold]
-    #[inline(never)]
-    pub(super) fn exhausted(&self) -> Result<Option<Chain>, QueueError> {
-        if self.has_dropped() { Ok(None) } else { Err(QueueError::TooManyOutstanding) }
-    }
-
     /// Most elements of a chain.
     pub(super) fn most(&self) -> i64 {
         i64::from(self.size)
@@ -458,6 +459,18 @@ impl Arena {
     /// Keeps a violation until the walk is back where it can be told.
     pub(super) fn park(&self, error: QueueError) {
         self.parked.set(Some(error));
+    }
+
+    /// The same for what would else be an outcome.
+    #[inline(always)]
+    pub(super) fn settle<T>(&self, outcome: Result<T, QueueError>) -> Option<T> {
+        match outcome {
+            Ok(outcome) => Some(outcome),
+            Err(error) => {
+                self.park(error);
+                None
+            }
+        }
     }
 
     #[cold]
@@ -485,11 +498,11 @@ impl Arena {
     /// Frees a slot whose handle has ended.
     #[inline(always)]
     pub(super) fn release(&self, slot: &Slot) {
+        slot.next.store(self.free.get(), Ordering::Relaxed);
+        self.free.set(ptr::from_ref(slot).cast_mut());
         if slot.class.get() > RETAINED {
             self.give_back(slot);
         }
-        slot.next.store(self.free.get(), Ordering::Relaxed);
-        self.free.set(ptr::from_ref(slot).cast_mut());
     }
 
     /// Handles that are out, those of dropped chains that were not swept yet included: no more than there are slots.

@@ -71,7 +71,7 @@ impl Queue {
             slot.set_entry(*entry);
         }
         if let Some(in_order) = &mut self.in_order {
-            in_order.order.push_back(self.arena.index_of(slot));
+            in_order.push(self.arena.index_of(slot));
         }
         let number = self.arena.popped();
         if let Some(again) = &mut self.again

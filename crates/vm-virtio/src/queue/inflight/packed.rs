@@ -24,8 +24,7 @@
 //! The available position is the used one and as many descriptors as are in flight.
 use super::super::config::Areas;
 use super::super::error::QueueError;
-use super::super::packed::Cursor;
-use super::super::ring_mem::{Desc, Descs};
+use super::super::ring_mem::{Cursor, Desc, PackedRing};
 use super::super::state::{QueueState, RingPos};
 use super::again::Pending;
 use super::table::{Table, field};
@@ -46,6 +45,9 @@ struct Link {
 pub(in super::super) struct PackedInflight {
     region: Region,
     size: u16,
+    /// Version and number of entries, as the header has them. Not put together for each store: fields of 16 bits that are
+    /// neighbours would be loaded as one, which waits until what was stored last to one of them is in the cache.
+    sizes: u64,
     counter: u64,
     links: Box<[Link]>,
     /// The free list without the batch; its end is `size`.
@@ -55,8 +57,12 @@ pub(in super::super) struct PackedInflight {
     /// The list of the batch: the chain put last, and the one put first. `size`: there is none.
     batch: u16,
     first: u16,
-    /// Where the driver looks.
-    used: RingPos,
+    /// Where the driver looks: as a new position in the header's word, a value that is loaded as it was stored.
+    used: u64,
+}
+
+fn position_word(position: RingPos) -> u64 {
+    u64::from(position.index) | u64::from(position.wrap) << 32
 }
 
 fn state_word(link: Link, num: u16) -> u64 {
@@ -65,27 +71,37 @@ fn state_word(link: Link, num: u16) -> u64 {
 
 impl PackedInflight {
     fn new(region: Region, size: u16, used: RingPos, free: u16, links: Vec<Link>, counter: u64) -> Self {
-        let links = links.into();
-        PackedInflight { region, size, counter, links, free, committed: true, batch: size, first: size, used }
+        let (links, used) = (links.into(), position_word(used));
+        let sizes = u64::from(VERSION) | u64::from(size) << 16;
+        PackedInflight {
+            region,
+            size,
+            sizes,
+            counter,
+            links,
+            free,
+            committed: true,
+            batch: size,
+            first: size,
+            used,
+        }
     }
 
     #[inline(always)]
     fn store_free(&self, head: u16, old: u16) {
-        let sizes = u64::from(VERSION) | u64::from(self.size) << 16;
         let [_, word, ..] = self.region.header();
-        word.store(sizes | u64::from(head) << 32 | u64::from(old) << 48);
+        word.store(self.sizes | u64::from(head) << 32 | u64::from(old) << 48);
     }
 
     #[inline(always)]
-    fn store_used(&self, used: RingPos, old: RingPos) {
+    fn store_used(&self, used: u64, old: u64) {
         let [_, _, word, _] = self.region.header();
-        let indices = u64::from(used.index) | u64::from(old.index) << 16;
-        word.store(indices | u64::from(used.wrap) << 32 | u64::from(old.wrap) << 40);
+        word.store(used | (old & 0xffff) << 16 | old >> 32 << 40);
     }
 
     /// Notes a list that was popped; returns its entry.
     #[inline(always)]
-    pub(in super::super) fn pop(&mut self, descs: u16, desc: impl Fn(u16) -> Option<Desc>) -> u16 {
+    pub(in super::super) fn pop(&mut self, descs: u16, mut desc: impl FnMut(u16) -> Option<Desc>) -> u16 {
         let head = self.free;
         let (mut at, mut last) = (head, head);
         for i in 0..descs {
@@ -105,9 +121,9 @@ impl PackedInflight {
         if let (Some([state, counter, ..]), Some(link)) =
             (self.region.entry(head), self.links.get_mut(usize::from(head)))
         {
-            link.last = last;
             counter.store(self.counter);
-            state.store(state_word(*link, descs));
+            state.store(state_word(Link { last, ..*link }, descs));
+            link.last = last;
         }
         self.counter = self.counter.wrapping_add(1);
         self.free = at;
@@ -158,6 +174,7 @@ impl PackedInflight {
         if self.batch == self.size {
             return;
         }
+        let used = position_word(used);
         self.link(self.first, self.free);
         if !self.committed {
             self.store_free(self.free, self.free);
@@ -215,8 +232,8 @@ pub(super) fn recover(
         _ => Err(InflightError::Value("used position")),
     };
     let (new, old) = (position(0, 32)?, position(16, 40)?);
-    let ring = Descs::new(&areas.desc);
-    let published = old != new && !Cursor::new(old).is_available(&ring);
+    let ring = PackedRing::new(&areas.desc);
+    let published = old != new && !ring.is(Cursor::available(old));
     let (used, free) = if published { (new, field(heads, 32)) } else { (old, field(heads, 48)) };
 
     let words: Vec<[u64; 2]> = (0..size)
@@ -271,15 +288,15 @@ pub(super) fn recover(
     let (lists, next) = in_order(found, counter)?;
     // Used descriptors behind the first one of a batch that was not published: the driver must not take them for those
     // of the next batch.
-    let mut avail = Cursor::new(used);
+    let mut avail = Cursor::available(used);
     for _ in 0..descs {
-        avail.make_available(&ring);
-        avail.step(size);
+        ring.make_available(avail);
+        ring.step(&mut avail);
     }
     links.shrink_to_fit();
     let tracker = PackedInflight::new(region, size, used, free, links, next);
     tracker.store_free(free, free);
-    tracker.store_used(used, used);
+    tracker.store_used(tracker.used, tracker.used);
     Ok(Recovered {
         tracker: Tracker::Packed(tracker),
         state: Some(QueueState { avail: avail.position(), used, held: Vec::new() }),
@@ -299,7 +316,7 @@ fn fresh(region: Region, size: u16, used: RingPos) -> Recovered {
     let [features, ..] = region.header();
     features.store(0);
     let tracker = PackedInflight::new(region, size, used, 0, links, 0);
-    tracker.store_used(used, used);
+    tracker.store_used(tracker.used, tracker.used);
     tracker.store_free(0, 0);
     Recovered { tracker: Tracker::Packed(tracker), state: None, again: Vec::new() }
 }

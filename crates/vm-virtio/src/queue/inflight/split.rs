@@ -26,12 +26,12 @@ type Region = Table<2, 2>;
 
 pub(in super::super) struct SplitInflight {
     region: Region,
-    size: u16,
     counter: u64,
-    /// The head of the list, and what it was before the batch.
-    last: u16,
+    /// The header's second word: `last_batch_head` is the head of the list. One value, and stored as such: were fields
+    /// of 16 bits put together for each store, it would wait until what was written last to one of them is in the cache.
+    header: u64,
+    /// The head of the list before the batch.
     last_before: u16,
-    used_idx: u16,
     /// The heads of the batch, in the order in which they were put; as many as `len`.
     batch: Box<[u16]>,
     len: usize,
@@ -40,14 +40,15 @@ pub(in super::super) struct SplitInflight {
 impl SplitInflight {
     fn new(region: Region, size: u16, used_idx: u16, last: u16, counter: u64) -> SplitInflight {
         let batch = vec![0; usize::from(size)].into();
-        SplitInflight { region, size, counter, last, last_before: last, used_idx, batch, len: 0 }
+        let sizes = u64::from(VERSION) | u64::from(size) << 16;
+        let header = sizes | u64::from(last) << 32 | u64::from(used_idx) << 48;
+        SplitInflight { region, counter, header, last_before: last, batch, len: 0 }
     }
 
     #[inline(always)]
     fn store_header(&self) {
-        let sizes = u64::from(VERSION) | u64::from(self.size) << 16;
         let [_, word] = self.region.header();
-        word.store(sizes | u64::from(self.last) << 32 | u64::from(self.used_idx) << 48);
+        word.store(self.header);
     }
 
     #[inline(always)]
@@ -74,15 +75,15 @@ impl SplitInflight {
         };
         *place = head;
         self.len += 1;
-        state.store(1 | u64::from(self.last) << 48);
-        self.last = head;
+        state.store(1 | u64::from(field(self.header, 32)) << 48);
+        self.header = self.header & !(0xffff << 32) | u64::from(head) << 32;
         self.store_header();
     }
 
     /// The used index was stored.
     #[inline(always)]
     pub(in super::super) fn published(&mut self, used_idx: u16) {
-        if self.used_idx == used_idx {
+        if field(self.header, 48) == used_idx {
             return;
         }
         let mut next = self.last_before;
@@ -93,8 +94,8 @@ impl SplitInflight {
             next = *head;
         }
         self.len = 0;
-        self.last_before = self.last;
-        self.used_idx = used_idx;
+        self.last_before = field(self.header, 32);
+        self.header = self.header << 16 >> 16 | u64::from(used_idx) << 48;
         self.store_header();
     }
 

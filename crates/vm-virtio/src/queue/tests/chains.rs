@@ -499,3 +499,41 @@ fn readers_and_writers_across_segments() {
     assert_eq!(driver.read(DATA + 100, 7), [1, 2, 3, 0, 5, 6, 7]);
     queue.add_used(chain, 7);
 }
+
+/// What is not the usual element, and where a chain is walked in another way from there on: wherever it is, also over the end
+/// of the ring, the chain has all its elements, each once, and knows how long its writable part is.
+#[test]
+fn an_unusual_element_may_be_anywhere_in_a_chain() {
+    for packed in LAYOUTS {
+        let mut driver = driver(packed, 8, Features::empty());
+        let mut queue = driver.queue();
+        for (len, readable, unusual) in
+            (1..8u64).flat_map(|len| (0..=len).flat_map(move |k| (0..len).map(move |i| (len, k, i))))
+        {
+            for (addr, bytes) in [(BORDER - 3, 8), (DATA, 0), (END, 0)] {
+                let element = |i| match i {
+                    _ if i == unusual => (addr, bytes),
+                    _ => (DATA + 64 * i, 10 + i as u32),
+                };
+                let elems: Vec<_> = (0..len)
+                    .map(|i| {
+                        let (addr, bytes) = element(i);
+                        if i < readable { r(addr, bytes) } else { w(addr, bytes) }
+                    })
+                    .collect();
+                let id = driver.add(&elems, &[]).unwrap();
+                let chain = queue.pop().unwrap();
+                let total = |range: std::ops::Range<u64>| range.map(|i| element(i).1).sum::<u32>();
+                let bytes = |part: &[Segment]| part.iter().map(Segment::len).sum::<usize>() as u32;
+                assert_eq!(bytes(queue.readable(&chain)), total(0..readable));
+                assert_eq!(bytes(queue.writable(&chain)), total(readable..len));
+                let clamped = queue.counters().clamped;
+                queue.add_used(chain, u32::MAX);
+                queue.publish();
+                assert_eq!(driver.used(), [(id, total(readable..len))]);
+                assert_eq!(queue.counters().clamped, clamped + 1);
+            }
+        }
+        assert_eq!(queue.fault(), None);
+    }
+}

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use support::double::{Double, Mischief};
-use support::{Backend, Guest, SOON, Setup, echo_options, until};
+use support::{Backend, Guest, SOON, Setup, counted, echo_options, until};
 use vhost_proxy::{Proxy, ProxyOptions};
 use vhost_user::ProtocolFeatures;
 use virtio_testkit::{RingLayout, TestRam};
@@ -137,7 +137,10 @@ fn policy_7_a_back_end_that_hangs_is_cut_off_and_a_reset_does_not_wait_for_it() 
 #[test]
 fn policy_7_a_stuck_ring_ends_the_connection_so_that_nobody_serves_it_any_more() {
     let backend = Backend::start(&["--queues", "2"]);
-    let mut guest = Guest::echo(&backend.socket(), RingLayout::Split);
+    // So patient that nothing but the stuck ring can end it.
+    let options = ProxyOptions { patience: 3 * SOON, ..echo_options() };
+    let proxy = Proxy::connect(backend.socket(), options).unwrap();
+    let mut guest = Guest::running(proxy, Setup::new(RingLayout::Split));
     guest.works();
     let losses = guest.stats.losses.load(Ordering::Relaxed);
     // Kept for ever.
@@ -208,10 +211,12 @@ fn without_in_flight_tracking_only_what_is_certain_goes_on() {
     double.without(tracked);
     let mut guest = through(&double, echo_options(), RingLayout::Split);
     guest.works();
+    counted(&guest.lines[0].call);
     backend.restart();
     // What comes before it is back could have been taken, for all anybody knows.
     until("it is back", || guest.stats.connections.load(Ordering::Relaxed) == 2);
     guest.engine.memory(guest.ram.ram(), WaitFor::NewRequests).wait();
+    assert!(counted(&guest.lines[0].call) > 0, "the dead one may not have got to its last interrupt");
     guest.works();
     assert!(!guest.needs_reset());
     // Something is out: nobody knows what.

@@ -7,12 +7,14 @@ mod bus;
 mod bytes;
 mod daemon;
 mod guarded;
+mod pci;
 mod proxy;
 mod ring;
 mod wire;
 
 pub use bus::bus;
 pub use daemon::{control, session};
+pub use pci::pci;
 pub use proxy::proxy;
 pub use ring::{ring_packed, ring_split};
 pub use wire::{wire_backend, wire_channel, wire_frontend};
@@ -21,8 +23,9 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("bus", bus),
+    ("pci", pci),
     ("ring_split", ring_split),
     ("ring_packed", ring_packed),
     ("wire_backend", wire_backend),

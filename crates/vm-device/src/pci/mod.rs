@@ -86,6 +86,7 @@
 mod access;
 mod bar;
 mod bridge;
+mod builder;
 mod capability;
 mod config;
 mod decode;
@@ -101,10 +102,11 @@ mod tree;
 
 pub use access::{CONFIG_ADDRESS, ConfigMemory, ConfigPorts, ECAM_BUS};
 pub use bar::{BarKind, ROM_BAR, Space};
+pub use builder::{FunctionBuilder, Identity, MsixLayout};
 pub use capability::{Capability, ExtendedCapability};
 pub use device::{CapabilityAccess, PciDevice};
 pub use express::PortKind;
-pub use function::{Function, FunctionBuilder, Identity, MsixLayout};
+pub use function::Function;
 pub use interrupts::{Interrupts, Pin};
 pub use root::{BusId, Card, PciEvent, PortId, PortOptions, RootComplex, RootOptions, Unplug};
 pub use slot::PowerIndicator;

@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::bar::{ROM_BAR, Space};
 use super::bridge::Window;
+use super::builder::{FunctionBuilder, Identity};
 use super::config::is_valid;
 use super::decode::{self, Decoder};
 use super::express::PortKind;
-use super::function::{Effects, Function, FunctionBuilder, Identity};
+use super::function::{Effects, Function};
 use super::slot::{Outcome, PowerIndicator, Slot};
 use super::tree::{self, Bus, FUNCTIONS, Node, Path, Port};
 use super::{PciDevice, PciError};

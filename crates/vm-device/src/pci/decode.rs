@@ -9,7 +9,7 @@
 //!   before what is behind it) meets first. The others are not decoded until it is gone. Real machines do not define this.
 //! * What the VMM has registered itself comes before any BAR. A BAR over it is not decoded; this is tried again with each
 //!   change of the map.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::thread::{self, ThreadId};
 
@@ -87,10 +87,17 @@ fn collect(bus: &Bus, levels: &mut Vec<Vec<Window>>, found: &mut Vec<Wanted>) {
     }
 }
 
+/// A function by its place in memory, and the number of its BAR. Who has the key of a function has the function, too, so that a
+/// key is not another one's.
+type Key = (usize, u8);
+
+fn key(function: &Arc<Function>, bar: u8) -> Key {
+    (Arc::as_ptr(function).addr(), bar)
+}
+
 /// A BAR that was decoded once.
 struct Mapped {
     function: Arc<Function>,
-    bar: u8,
     registration: Registration,
     at: Option<u64>,
 }
@@ -104,7 +111,7 @@ pub(crate) struct Decoder {
 
 #[derive(Default)]
 struct State {
-    mapped: Vec<Mapped>,
+    mapped: BTreeMap<Key, Mapped>,
     /// BARs that should be decoded, but that something of the VMM's is in the way of.
     blocked: usize,
     /// Registers have changed since the last look at them.
@@ -151,28 +158,31 @@ impl Decoder {
     }
 
     /// Brings the buses there. Ranges are given up before others are taken, since one may be the other's.
-    fn apply(&self, mapped: &mut Vec<Mapped>, wanted: &[Wanted], functions: &[Arc<Function>]) -> usize {
-        let is = |mapped: &Mapped, (function, claim): &Wanted| {
-            Arc::ptr_eq(&mapped.function, function) && mapped.bar == claim.bar
-        };
-        for old in &mut *mapped {
-            let stays = wanted.iter().any(|new| is(old, new) && old.at == Some(new.1.base));
-            if !stays && old.at.take().is_some() {
+    fn apply(
+        &self,
+        mapped: &mut BTreeMap<Key, Mapped>,
+        wanted: &[Wanted],
+        functions: &[Arc<Function>],
+    ) -> usize {
+        let bases: BTreeMap<Key, u64> =
+            wanted.iter().map(|(function, claim)| (key(function, claim.bar), claim.base)).collect();
+        for (key, old) in &mut *mapped {
+            if old.at != bases.get(key).copied() && old.at.take().is_some() {
                 // Taking ranges away does not fail, but for buses that are gone altogether.
                 let _ = old.registration.set_ranges(&[]);
-                moved(&old.function, old.bar, None);
+                moved(&old.function, key.1, None);
             }
         }
-        let gone = |old: &mut Mapped| !functions.iter().any(|function| Arc::ptr_eq(function, &old.function));
-        for gone in mapped.extract_if(.., gone) {
+        let here: BTreeSet<usize> = functions.iter().map(|function| key(function, 0).0).collect();
+        for (_, gone) in mapped.extract_if(.., |key, _| !here.contains(&key.0)) {
             // Waits for the vCPUs inside of it, unless this is one.
             let _ = gone.registration.remove();
         }
         let mut blocked = 0;
-        for new in wanted {
-            let (function, claim) = new;
+        for (function, claim) in wanted {
             let Some(range) = range(claim) else { continue };
-            let done = match mapped.iter_mut().find(|old| is(old, new)) {
+            let key = key(function, claim.bar);
+            let done = match mapped.get_mut(&key) {
                 Some(old) if old.at.is_some() => continue,
                 Some(old) => {
                     let done = old.registration.set_ranges(&[range]);
@@ -180,7 +190,7 @@ impl Decoder {
                 }
                 None => self.space.register(target(function, claim), &[range]).map(|registration| {
                     let (function, at) = (function.clone(), Some(claim.base));
-                    mapped.push(Mapped { function, bar: claim.bar, registration, at });
+                    mapped.insert(key, Mapped { function, registration, at });
                 }),
             };
             match done {
@@ -193,9 +203,7 @@ impl Decoder {
 
     /// Where a function's BAR is decoded.
     pub(crate) fn address(&self, function: &Arc<Function>, bar: u8) -> Option<u64> {
-        let state = lock(&self.state);
-        let mapped = state.mapped.iter().find(|old| Arc::ptr_eq(&old.function, function) && old.bar == bar);
-        mapped.and_then(|mapped| mapped.at)
+        lock(&self.state).mapped.get(&key(function, bar)).and_then(|mapped| mapped.at)
     }
 
     /// How many BARs should be decoded, but lie over something of the VMM's.

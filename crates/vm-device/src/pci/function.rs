@@ -52,7 +52,7 @@ pub struct Function {
     bridge: Option<Bridge>,
     /// Whether what is behind this bridge can be reached.
     link: AtomicBool,
-    /// A call of the device, outside of an access, has panicked.
+    /// A call of the device has panicked where no bus catches it; it is not called any more.
     failed: AtomicBool,
 }
 
@@ -119,7 +119,8 @@ impl Function {
         self.device.as_ref()
     }
 
-    /// Whether its device panicked when it was told of something. Panics in accesses are the bus's.
+    /// Whether its device panicked when it was told of something, or in a watched capability; then it is not called any more
+    /// and reads as ones. Panics in BARs are caught by the bus.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
     }
@@ -191,8 +192,9 @@ impl Function {
     ) {
         // Accesses stay in a double word and capabilities begin at one, so none begins before its capability.
         let offset = offset.saturating_sub(watched.at);
-        if let (Some(device), Ok(at)) = (&self.device, u8::try_from(watched.at)) {
-            call(&**device, CapabilityAccess { at, offset, bytes });
+        if let Ok(at) = u8::try_from(watched.at) {
+            // A device that panics must not take all of configuration space with it.
+            self.call(|device| call(device, CapabilityAccess { at, offset, bytes }));
         }
     }
 
@@ -318,10 +320,14 @@ impl Function {
         outcome
     }
 
-    /// Calls the device from outside of an access, where no bus catches what it throws.
+    fn working_device(&self) -> Option<&dyn PciDevice> {
+        self.device.as_deref().filter(|_| !self.has_failed())
+    }
+
+    /// Calls the device from where no bus catches what it throws.
     pub(crate) fn call(&self, what: impl FnOnce(&dyn PciDevice)) {
-        let Some(device) = &self.device else { return };
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| what(&**device)));
+        let Some(device) = self.working_device() else { return };
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| what(device)));
         if let Err(thrown) = result {
             self.failed.store(true, Ordering::Relaxed);
             // What was thrown may panic again when it is dropped.
@@ -353,7 +359,7 @@ impl Function {
                 };
             }
         }
-        match &self.device {
+        match self.working_device() {
             Some(device) => device.bar_read(bar, offset, data),
             None => data.fill(0xff),
         }
@@ -377,7 +383,7 @@ impl Function {
                 return;
             }
         }
-        if let Some(device) = &self.device {
+        if let Some(device) = self.working_device() {
             device.bar_write(bar, offset, data);
         }
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use super::bar::{ROM_BAR, Space};
 use super::bridge::Window;
 use super::builder::{FunctionBuilder, Identity};
-use super::config::is_valid;
+use super::config::{ConfigSpace, is_valid};
 use super::decode::{self, Decoder};
 use super::express::PortKind;
 use super::function::{Effects, Function};
@@ -258,12 +258,7 @@ impl RootComplex {
     /// # Errors
     /// There is no such bus or device, or the place is taken.
     pub fn add(&self, bus: BusId, device: u8, card: Card) -> Result<(), PciError> {
-        let port = self.insert(bus, device, card)?;
-        if let Some(port) = port {
-            port.with_slot(Slot::populate);
-        }
-        self.inner.settle();
-        Ok(())
+        self.insert(bus, device, card, Slot::populate)
     }
 
     /// Plugs a card into a slot while the guest runs, which is told.
@@ -272,14 +267,17 @@ impl RootComplex {
     /// There is no such port, it has no slot, or something is in it.
     pub fn plug(&self, port: PortId, card: Card) -> Result<(), PciError> {
         self.slot_of(port)?;
-        if let Some(port) = self.insert(BusId::Behind(port), 0, card)? {
-            port.with_slot(Slot::insert);
-        }
-        self.inner.settle();
-        Ok(())
+        self.insert(BusId::Behind(port), 0, card, Slot::insert)
     }
 
-    fn insert(&self, bus: BusId, device: u8, card: Card) -> Result<Option<Arc<Function>>, PciError> {
+    /// Into the tree, and into the slot if there is one.
+    fn insert(
+        &self,
+        bus: BusId,
+        device: u8,
+        card: Card,
+        how: fn(&mut Slot, &mut ConfigSpace) -> Outcome,
+    ) -> Result<(), PciError> {
         if card.functions.is_empty() {
             return Err(PciError::FunctionNumber(0));
         }
@@ -291,7 +289,12 @@ impl RootComplex {
             function.place(bus == BusId::Root, multifunction);
             here.insert((device, number), Node { function, port: None });
         }
-        Ok(above)
+        if let Some(port) = above {
+            port.with_slot(how);
+        }
+        drop(tree);
+        self.inner.settle();
+        Ok(())
     }
 
     /// Asks the guest to let go of the card in a slot, by its attention button. Linux waits five seconds, in which pressing
@@ -334,7 +337,8 @@ impl RootComplex {
     }
 
     /// Takes a card out of its slot, whatever the guest thinks of it; it is told afterwards. When this returns no vCPU is
-    /// inside of the device, unless it is called by one, or a vCPU does not come out.
+    /// inside of the device, unless it is called by one, or a vCPU does not come out. The card is reset, so that it may be
+    /// plugged in again.
     ///
     /// # Errors
     /// There is no such port, it has no slot, or the slot is empty.
@@ -346,6 +350,7 @@ impl RootComplex {
         port.with_slot(Slot::take_out);
         drop(tree);
         self.inner.settle();
+        reset(&card);
         Ok(card)
     }
 
@@ -363,6 +368,7 @@ impl RootComplex {
         hide(&card);
         drop(tree);
         self.inner.settle();
+        reset(&card);
         Ok(card)
     }
 
@@ -499,6 +505,13 @@ impl fmt::Display for RootComplex {
 impl fmt::Debug for RootComplex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RootComplex").field("functions", &self.by_place()).finish()
+    }
+}
+
+/// A card that is out has no power.
+fn reset(card: &Card) {
+    for (_, function) in &card.functions {
+        function.reset();
     }
 }
 

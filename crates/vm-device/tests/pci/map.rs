@@ -240,20 +240,27 @@ fn a_device_may_move_its_own_bar_while_it_is_written_or_told_of_a_move() {
 fn policy_5_a_device_that_panics_when_it_is_told_of_something_fails_alone() {
     struct Broken;
     impl PciDevice for Broken {
-        fn bar_read(&self, _bar: u8, _offset: u64, _data: &mut [u8]) {}
+        fn bar_read(&self, _bar: u8, _offset: u64, data: &mut [u8]) {
+            data.fill(0xbb);
+        }
         fn bar_write(&self, _bar: u8, _offset: u64, _data: &[u8]) {}
-        fn bar_moved(&self, _bar: u8, _address: Option<u64>) {
-            panic!("broken on purpose");
+        fn capability_write(&self, _access: CapabilityAccess<'_>, _data: &[u8]) {
+            // Without a word on the terminal.
+            std::panic::resume_unwind(Box::new("broken on purpose"));
         }
     }
     let (machine, _, _) = two();
     let mut builder = FunctionBuilder::new("broken", identity(4));
     builder.bar(0, BarKind::Memory32 { prefetchable: false }, 0x1000).unwrap();
+    builder.capability(&Capability::new(Capability::VENDOR, [4, 0]).watched()).unwrap();
     let card = Card::single(builder.build(None, |_| Arc::new(Broken)).unwrap());
     let function = card.functions()[0].1.clone();
     machine.root.add(BusId::Root, 4, card).unwrap();
     machine.enable((0, 4, 0), 0xc400_0000);
+    assert_eq!(machine.at(0xc400_0000), Some(0xbb));
+    machine.write32((0, 4, 0), 0x40, 0);
     assert!(function.has_failed());
+    assert_eq!(machine.at(0xc400_0000), Some(0xff), "it is not called any more");
     machine.enable(A, 0xc000_0000);
     assert_eq!(machine.at(0xc000_0000), Some(0xa));
 }

@@ -70,7 +70,7 @@ fn function(id: u8) -> Function {
     builder.express().expect("room");
     let window = Capability::new(Capability::VENDOR, [18; 18]).writable(4, 4, u32::MAX).watched();
     builder.capability(&window).expect("room");
-    let count = if id % 2 == 0 {
+    let count = if id.is_multiple_of(2) {
         let layout =
             MsixLayout { vectors: 2, table_bar: 2, table_offset: 0, pending_bar: 2, pending_offset: 0x1000 };
         builder.msix(layout).expect("room");

@@ -127,7 +127,10 @@ impl FunctionBuilder {
     pub(crate) fn bridge(name: String, identity: Identity) -> FunctionBuilder {
         let mut builder = FunctionBuilder::with(name, Identity { class: 0x06_0400, ..identity }, TYPE_1);
         builder.config.define(HEADER_TYPE, &[1]);
-        builder.config.define(PREFETCH_BASE, &[1, 0, 1, 0]);
+        // All windows closed, or a guest that enables the bridge first would open them over the first MiB.
+        builder.config.define(IO_BASE, &[0xf0, 0x00]);
+        builder.config.define(MEMORY_BASE, &[0xf0, 0xff, 0x00, 0x00]);
+        builder.config.define(PREFETCH_BASE, &[0xf1, 0xff, 0x01, 0x00]);
         builder
     }
 

@@ -12,6 +12,9 @@
 //! * A surprise: presence and link are gone, the guest learns of both afterwards.
 //! * Each write to slot control is a command, and is completed at once.
 //!
+//! Its capabilities (but for the interlock, which it does not have) and its registers after power-on are those of QEMU 11.1's
+//! `pcie-root-port`, which guests know.
+//!
 //! Only registers and rules; the tree behind the port belongs to [`Hierarchy`](super::Hierarchy).
 use super::config::ConfigSpace;
 use super::regs::*;

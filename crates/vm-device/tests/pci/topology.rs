@@ -115,6 +115,18 @@ fn bridge_bus_numbers_that_overlap_loop_or_are_reversed_lead_down_or_nowhere() {
 }
 
 #[test]
+fn bridge_windows_are_closed_until_a_guest_opens_them() {
+    let machine = Machine::new();
+    machine.port(1, Some(7));
+    // As QEMU 11.1's pcie-root-port reads, asked through its qtest.
+    let registers = [0x1c, 0x20, 0x24, 0x28, 0x2c, 0x30].map(|at| machine.read32((0, 1, 0), at));
+    assert_eq!(registers, [0x0000_00f0, 0x0000_fff0, 0x0001_fff1, 0, 0, 0]);
+    let slot = machine.capability((0, 1, 0), 0x10) + 0x14;
+    assert_eq!(machine.read32((0, 1, 0), slot), 7 << 19 | 0x7b);
+    assert_eq!(machine.read32((0, 1, 0), slot + 4), 0x0000_07c0);
+}
+
+#[test]
 fn a_root_bus_may_have_any_number() {
     let machine = Machine::with(0x40..=0x4f);
     let port = machine.port(1, None);

@@ -126,6 +126,11 @@ impl<A: BusAddress, D> Bus<A, D> {
         self.ranges.iter().map(|(range, device)| (range, device))
     }
 
+    /// What ranges belong to, to change it.
+    pub(crate) fn devices_mut(&mut self) -> impl Iterator<Item = &mut D> {
+        self.ranges.iter_mut().map(|(_, device)| device)
+    }
+
     /// The number of ranges.
     pub fn len(&self) -> usize {
         self.ranges.len()

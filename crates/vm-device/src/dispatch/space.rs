@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::gate::Closed;
-use super::table::{IoGate, Place, Slot, Space, Work, show};
+use super::table::{IoGate, Seat, Slot, Space, Work, show};
 use super::{IoDevice, IoRange};
 use crate::bus::{BusRange, Error};
 
@@ -89,7 +89,7 @@ fn claim_one<A: Space>(work: &mut Work, slot: &Arc<Slot>, range: BusRange<A>) ->
     if A::device(&slot.device).is_none() {
         return Err(Error::WrongBus);
     }
-    A::bus(work).register(range, Place::of(slot))
+    A::bus(work).register(range, Seat::of(slot))
 }
 
 fn give_up<'a>(work: &mut Work, ranges: impl IntoIterator<Item = &'a IoRange>) {
@@ -163,6 +163,7 @@ impl Registration {
         if let (Some(gate), Some(slot)) = (self.gate.upgrade(), self.slot.upgrade()) {
             let mut keeper = gate.keeper();
             change(&slot);
+            keeper.work.changed(&slot);
             show(&gate, &mut keeper);
         }
     }

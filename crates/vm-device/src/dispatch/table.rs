@@ -30,12 +30,12 @@ impl Slot {
         Slot { device, state: AtomicU8::new(if open { OPEN } else { SHUT }) }
     }
 
-    /// Changes take effect with the next table.
+    /// Takes effect when the work is told, and shown.
     pub(super) fn open(&self) {
         self.state.store(OPEN, Ordering::Relaxed);
     }
 
-    /// Changes take effect with the next table.
+    /// Takes effect when the work is told, and shown.
     pub(super) fn fail(&self) {
         self.state.store(FAILED, Ordering::Relaxed);
     }
@@ -49,30 +49,54 @@ impl Slot {
     }
 }
 
-/// A slot's place; the gate says when it may be looked at.
-#[derive(Clone, Copy)]
-pub(super) struct Place(NonNull<Slot>);
+/// What a range belongs to: its slot, and the slot's device, at hand so that an access need not look at the slot; `None` if
+/// it is not to be called. The gate says when either may be looked at.
+pub(super) struct Seat<A: Space> {
+    slot: NonNull<Slot>,
+    device: Option<NonNull<A::Device>>,
+}
 
-// SAFETY: no more than an address; what is there is `Sync`.
-unsafe impl Send for Place {}
+impl<A: Space> Clone for Seat<A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A: Space> Copy for Seat<A> {}
+
+// SAFETY: no more than addresses; what is there is `Sync`.
+unsafe impl<A: Space> Send for Seat<A> {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl<A: Space> Sync for Seat<A> {}
 
-impl Place {
-    pub(super) fn of(slot: &Arc<Slot>) -> Place {
-        Place(NonNull::from(&**slot))
+impl<A: Space> Seat<A> {
+    pub(super) fn of(slot: &Slot) -> Seat<A> {
+        let device = A::device(&slot.device).filter(|_| slot.is_open()).map(NonNull::from);
+        Seat { slot: NonNull::from(slot), device }
     }
 }
 
 /// What changes: both buses, and the slots that are alive.
 #[derive(Default)]
 pub(super) struct Work {
-    pub(super) pio: Bus<PioAddress, Place>,
-    pub(super) mmio: Bus<MmioAddress, Place>,
+    pub(super) pio: Bus<PioAddress, Seat<PioAddress>>,
+    pub(super) mmio: Bus<MmioAddress, Seat<MmioAddress>>,
     pub(super) slots: Vec<Option<Arc<Slot>>>,
     pub(super) free: Vec<usize>,
     /// The current map is older than this, since nobody could see it.
     pub(super) unseen: bool,
+}
+
+impl Work {
+    /// The slot was opened, or has failed.
+    pub(super) fn changed(&mut self, slot: &Slot) {
+        fn renew<A: Space>(bus: &mut Bus<A, Seat<A>>, slot: &Slot) {
+            let its = |seat: &&mut Seat<A>| seat.slot == NonNull::from(slot);
+            bus.devices_mut().filter(its).for_each(|seat| *seat = Seat::of(slot));
+        }
+        renew(&mut self.pio, slot);
+        renew(&mut self.mmio, slot);
+    }
 }
 
 /// A map.
@@ -94,24 +118,16 @@ pub(super) struct Ranges<A: Space> {
     rows: Box<[Row<A>]>,
 }
 
-/// The rest of a range. The device is the slot's, at hand so that an access need not look at the slot; `None` if it is not
-/// to be called.
 struct Row<A: Space> {
     base: A,
     last: A,
-    place: Place,
-    device: Option<NonNull<A::Device>>,
+    seat: Seat<A>,
 }
-
-// SAFETY: no more than addresses; what is there is `Sync`.
-unsafe impl<A: Space> Send for Row<A> {}
-// SAFETY: as above.
-unsafe impl<A: Space> Sync for Row<A> {}
 
 impl<A: Space> Row<A> {
     #[inline(always)]
     fn found(&self) -> (NonNull<Slot>, Found<A>) {
-        (self.place.0, Found { base: self.base, device: self.device })
+        (self.seat.slot, Found { base: self.base, device: self.seat.device })
     }
 }
 
@@ -140,15 +156,12 @@ struct Found<A: Space> {
 }
 
 impl<A: Space> Ranges<A> {
-    fn of(bus: &Bus<A, Place>) -> Ranges<A> {
+    fn of(bus: &Bus<A, Seat<A>>) -> Ranges<A> {
         let mut bases = Vec::with_capacity(bus.len());
         let mut rows = Vec::with_capacity(bus.len());
-        for (range, place) in bus.iter() {
-            // SAFETY: whoever has the work has the slots that its buses lead to.
-            let slot = unsafe { place.0.as_ref() };
-            let device = A::device(&slot.device).filter(|_| slot.is_open()).map(NonNull::from);
+        for (range, seat) in bus.iter() {
             bases.push(range.base());
-            rows.push(Row { base: range.base(), last: range.last(), place: *place, device });
+            rows.push(Row { base: range.base(), last: range.last(), seat: *seat });
         }
         Ranges { bases: bases.into(), rows: rows.into() }
     }
@@ -199,7 +212,7 @@ pub(super) trait Space: BusAddress + 'static {
     /// Which of a pass's hints is this space's.
     const HINT: usize;
     fn ranges(table: &Table) -> &Ranges<Self>;
-    fn bus(work: &mut Work) -> &mut Bus<Self, Place>;
+    fn bus(work: &mut Work) -> &mut Bus<Self, Seat<Self>>;
     fn device(device: &IoDevice) -> Option<&Self::Device>;
     fn read(device: &Self::Device, base: Self, offset: Self::V, data: &mut [u8]);
     fn write(device: &Self::Device, base: Self, offset: Self::V, data: &[u8]);
@@ -214,7 +227,7 @@ impl Space for PioAddress {
         &table.pio
     }
 
-    fn bus(work: &mut Work) -> &mut Bus<Self, Place> {
+    fn bus(work: &mut Work) -> &mut Bus<Self, Seat<Self>> {
         &mut work.pio
     }
 
@@ -243,7 +256,7 @@ impl Space for MmioAddress {
         &table.mmio
     }
 
-    fn bus(work: &mut Work) -> &mut Bus<Self, Place> {
+    fn bus(work: &mut Work) -> &mut Bus<Self, Seat<Self>> {
         &mut work.mmio
     }
 
@@ -347,8 +360,11 @@ unsafe fn access<A: Space>(
 /// Nobody calls it any more, but for who found it in the table before.
 #[cold]
 fn fail(gate: &IoGate, pass: &IoPass, slot: &Slot) -> Error {
+    let mut keeper = gate.keeper();
     slot.fail();
-    show(gate, &mut gate.keeper());
+    keeper.work.changed(slot);
+    show(gate, &mut keeper);
+    drop(keeper);
     refuse(pass, kind::PANICS, Error::DeviceFailed)
 }
 

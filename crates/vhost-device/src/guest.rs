@@ -279,7 +279,7 @@ impl<D: VirtioDevice> Guest<D> {
             HostEvent::QueueFault { queue, error } => {
                 tracing::warn!(guest = self.index, queue, %error, "the driver broke a ring; the ring is stopped");
             }
-            HostEvent::NeedsReset { reason } => {
+            HostEvent::NeedsReset { reason, .. } => {
                 tracing::warn!(guest = self.index, reason, "the device needs a reset");
                 *self.last_failure.borrow_mut() = Some(reason.clone());
             }

@@ -10,6 +10,7 @@
 //! | [`MemoryHost`] | a device in this process, engine and lanes driven step by step in one thread |
 //! | [`VhostUserDriver`] | a device behind a vhost-user socket, set up in the order in which QEMU does it |
 //! | [`SharedMemory`] | a VMM that maps what a back-end asks it to |
+//! | [`transport`] | drivers of transports, and a device behind one, stepped in one thread |
 //! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
 //! | [`mod@conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
 //! | [`mod@daemon`] | a daemon as a process: started, ready, ended, never left behind |
@@ -34,6 +35,7 @@ mod memory_host;
 mod ram;
 pub mod ring;
 mod shared_memory;
+pub mod transport;
 mod vhost_user_driver;
 mod violation;
 

@@ -123,10 +123,12 @@ impl Queues {
 pub enum HostEvent {
     /// The configuration space changed: a configuration-change notification is due (2.5.2).
     ConfigChanged,
-    /// The device gave up, `DEVICE_NEEDS_RESET` is set: a configuration-change notification is due (2.1.2).
+    /// The device gave up, `DEVICE_NEEDS_RESET` is set.
     NeedsReset {
         /// Why, for the log.
         reason: String,
+        /// Whether a driver is there to be told (DRIVER_OK): then a configuration-change notification is due (2.1.2).
+        live: bool,
     },
     /// The device exports this object to the other devices of its VM from now on.
     ObjectExported(ObjectId),

@@ -331,6 +331,11 @@ impl<D: VirtioDevice> Engine<D> {
         if control.resetting.is_some() && status.is_empty() { Status::DEVICE_NEEDS_RESET } else { status }
     }
 
+    /// Whether a reset is under way.
+    pub fn is_resetting(&self) -> bool {
+        lock(&self.0.control).resetting.is_some()
+    }
+
     /// The driver writes the status field: 0 resets, other bits are added (2.1.1: a driver clears none). FEATURES_OK
     /// stays clear if the features are refused, DRIVER_OK without FEATURES_OK. SUSPEND on a live device suspends it, if
     /// that was negotiated, and DRIVER_OK on a suspended one resumes it (3.4). When the ticket ends, [`Engine::status`]

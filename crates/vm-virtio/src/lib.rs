@@ -16,6 +16,7 @@
 //! | [`engine`] | [`Engine`]: status machine, feature rules, queue life cycle, reset |
 //! | [`upcall`], [`shared_memory`] | what workers ask of their host; regions of shared memory |
 //! | [`host_request`], [`controls`] | what a host asks of a device beyond virtio; properties and commands |
+//! | [`transport`] | what a driver sees inside a VMM: virtio-mmio |
 //! | [`features`], [`status`], [`config`] | feature bits, status bits, configuration space |
 
 pub mod config;
@@ -32,6 +33,7 @@ pub mod queue;
 pub mod shared_memory;
 pub mod status;
 mod ticket;
+pub mod transport;
 pub mod upcall;
 
 pub use config::{ConfigError, ConfigSpace};

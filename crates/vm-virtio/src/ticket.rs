@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 struct State<T> {
     value: Option<T>,
@@ -60,6 +61,24 @@ impl<T> Ticket<T> {
                 return value;
             }
             state = self.0.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// As [`Ticket::wait`], at most for this long; for threads that must not be held for ever, such as a guest's CPU.
+    /// None: not yet, ask again.
+    pub fn wait_for(&mut self, patience: Duration) -> Option<T> {
+        let deadline = Instant::now().checked_add(patience);
+        let mut state = self.0.lock();
+        loop {
+            if let Some(value) = state.value.take() {
+                return Some(value);
+            }
+            let left =
+                deadline.map_or(patience, |deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return None;
+            }
+            state = self.0.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -123,6 +142,14 @@ mod tests {
         completer.complete(7);
         assert_eq!(count.0.load(Ordering::SeqCst), 1);
         assert!(matches!(Pin::new(&mut ticket).poll(&mut context), Poll::Ready(7)));
+    }
+
+    #[test]
+    fn waiting_ends_in_time_and_the_answer_can_be_asked_for_again() {
+        let (completer, mut ticket) = ticket(0);
+        assert_eq!(ticket.wait_for(Duration::from_millis(1)), None);
+        completer.complete(7);
+        assert_eq!(ticket.wait_for(Duration::ZERO), Some(7));
     }
 
     #[test]

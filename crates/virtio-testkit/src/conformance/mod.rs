@@ -2,7 +2,7 @@
 //! its section and a function that finds out whether it is kept.
 //!
 //! The same line runs over any [`Host`]: a device in this process that is stepped without threads
-//! ([`MemoryBench`]), or anybody's back-end behind a vhost-user socket ([`SocketBench`]); and over each ring layout and
+//! ([`MemoryBench`]; behind a transport: [`RegisterBench`]), or anybody's back-end behind a vhost-user socket ([`SocketBench`]); and over each ring layout and
 //! each set of ring features that matters to it ([`Setup`]). What a device has to say about itself is one valid request
 //! and its answer: a [`Subject`].
 //!
@@ -12,6 +12,7 @@ mod bench;
 mod host;
 mod lines;
 mod memory;
+mod registers;
 mod report;
 mod socket;
 mod subject;
@@ -27,6 +28,7 @@ use crate::{RingLayout, Violation};
 pub use bench::Bench;
 pub use host::Host;
 pub use memory::MemoryBench;
+pub use registers::RegisterBench;
 pub use report::{Outcome, Report, Row};
 pub use socket::{SocketBench, SocketOptions};
 pub use subject::{Request, Subject};

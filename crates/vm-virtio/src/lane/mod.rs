@@ -129,7 +129,8 @@ impl Shared {
     /// 2.1.2: an unrecoverable error sets DEVICE_NEEDS_RESET, and the driver is told.
     pub(crate) fn needs_reset(&self, reason: String) {
         self.add_status(Status::DEVICE_NEEDS_RESET);
-        self.events.event(HostEvent::NeedsReset { reason });
+        let live = self.status().contains(Status::DRIVER_OK);
+        self.events.event(HostEvent::NeedsReset { reason, live });
     }
 }
 

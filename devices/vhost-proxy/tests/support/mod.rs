@@ -128,7 +128,7 @@ impl Ear {
     pub fn reasons(&self) -> Vec<String> {
         let events = self.0.lock().unwrap();
         let reason = |event: &HostEvent| match event {
-            HostEvent::NeedsReset { reason } => Some(reason.clone()),
+            HostEvent::NeedsReset { reason, .. } => Some(reason.clone()),
             _ => None,
         };
         events.iter().filter_map(reason).collect()

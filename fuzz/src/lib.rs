@@ -10,6 +10,7 @@ mod guarded;
 mod pci;
 mod proxy;
 mod ring;
+mod transport;
 mod wire;
 
 pub use bus::bus;
@@ -17,13 +18,14 @@ pub use daemon::{control, session};
 pub use pci::pci;
 pub use proxy::proxy;
 pub use ring::{ring_packed, ring_split};
+pub use transport::{transport_ccw, transport_mmio, transport_pci};
 pub use wire::{wire_backend, wire_channel, wire_frontend};
 
 /// A fuzz target: its name, and what takes the bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 13] = [
     ("bus", bus),
     ("pci", pci),
     ("ring_split", ring_split),
@@ -34,4 +36,7 @@ pub const TARGETS: [Target; 10] = [
     ("session", session),
     ("proxy", proxy),
     ("control", control),
+    ("transport_mmio", transport_mmio),
+    ("transport_pci", transport_pci),
+    ("transport_ccw", transport_ccw),
 ];

@@ -101,7 +101,7 @@ impl<D: VirtioDevice> MemoryHostBuilder<D> {
         let events = Arc::new(Events::default());
         let mut options = EngineOptions::new(Arc::clone(&events) as Arc<dyn HostEvents>);
         // The driver's side of each of them is in the tests that use it.
-        options.carried = Features::CARRIED;
+        options.carried = Features::CARRIED - Features::NOTIF_CONFIG_DATA;
         (self.tune)(&mut options);
         let (engine, lanes) = Engine::new(self.device, options).expect("a device that the engine takes");
         let offered = engine.offered();
@@ -244,7 +244,7 @@ impl<D: VirtioDevice> MemoryHost<D> {
         let MemoryHost { engine, lanes, ram, rings, calls, seen, events, features } = self;
         drop((engine, lanes));
         let mut options = EngineOptions::new(Arc::clone(&events) as Arc<dyn HostEvents>);
-        options.carried = Features::CARRIED;
+        options.carried = Features::CARRIED - Features::NOTIF_CONFIG_DATA;
         let (engine, lanes) = Engine::new(device, options).expect("a device that the engine takes");
         assert_eq!(engine.queues().len(), rings.len(), "the same type of device");
         MemoryHost { engine, lanes, ram, rings, calls, seen, events, features }

@@ -67,8 +67,10 @@ impl Features {
         .union(Features::IN_ORDER);
 
     /// What the core implements but a driver can use only through a host that carries it: notifications with data, the
-    /// reset of a single queue, the SUSPEND bit of the status, translations of an IOMMU.
+    /// reset of a single queue, the SUSPEND bit of the status, translations of an IOMMU; over PCI, notifications with a
+    /// value of the device's own.
     pub const CARRIED: Features = Features::NOTIFICATION_DATA
+        .union(Features::NOTIF_CONFIG_DATA)
         .union(Features::RING_RESET)
         .union(Features::SUSPEND)
         .union(Features::ACCESS_PLATFORM);

@@ -535,7 +535,7 @@ fn common_2_2_2_what_the_host_cannot_carry_is_not_offered() {
         make(Features::CARRIED, Features::RING_RESET).unwrap() & Features::RING_RESET,
         Features::empty()
     );
-    for nobody in [Features::ADMIN_VQ, Features::SR_IOV, Features::NOTIF_CONFIG_DATA] {
+    for nobody in [Features::ADMIN_VQ, Features::SR_IOV] {
         assert!(matches!(make(nobody, Features::empty()), Err(EngineError::Description(_))));
     }
 }

@@ -125,6 +125,21 @@ impl<F: FnMut(&TestRam) -> Machine> Host for RegisterBench<F> {
         Ok(self.now().machine.driver.status())
     }
 
+    fn write_status(&mut self, status: Status) -> Checked {
+        self.now().write_status(status).map(|_| ())
+    }
+
+    fn reset_ring(&mut self, queue: usize) -> Checked {
+        let now = self.now();
+        now.machine.driver.reset_queue(queue as u16);
+        now.settle()?;
+        if now.machine.driver.is_queue_resetting(queue as u16) {
+            return broken("a queue's reset does not end");
+        }
+        now.rings[queue].restart();
+        Ok(())
+    }
+
     fn reset(&mut self) -> Checked {
         let now = self.now();
         let status = now.write_status(Status::empty())?;

@@ -97,6 +97,16 @@ impl<R: RegisterAccess> TransportDriver for MmioDriver<R> {
         self.load(0x044) == 1
     }
 
+    fn reset_queue(&mut self, queue: u16) {
+        self.store(0x030, u32::from(queue));
+        self.store(0x0c0, 1);
+    }
+
+    fn is_queue_resetting(&mut self, queue: u16) -> bool {
+        self.store(0x030, u32::from(queue));
+        self.load(0x0c0) != 0
+    }
+
     fn notify(&mut self, queue: u16) {
         self.store(0x050, u32::from(queue));
     }

@@ -2,7 +2,9 @@
 //! try it on.
 //!
 //! A [`Machine`] has no threads: lanes run when it is told to, so that what a test sees does not depend on timing.
+mod ccw;
 mod mmio;
+mod pci;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +15,9 @@ use vm_virtio::{
     Features, HostEvent, HostEvents, LaneRunner, QueueConfig, Status, VirtioDevice, WaitFor, Worker,
 };
 
+pub use ccw::{CcwDriver, ISC, Subchannel, TestChannel};
 pub use mmio::{MmioDriver, RegisterAccess};
+pub use pci::{PciDriver, TestFunction, VECTORS};
 
 use crate::TestRam;
 
@@ -40,6 +44,15 @@ pub trait TransportDriver {
     fn queue_max(&mut self, queue: u16) -> u16;
     /// Sets up and enables a queue. Whether it is enabled then.
     fn start_queue(&mut self, queue: u16, config: &QueueConfig) -> bool;
+    /// Resets a queue by itself (2.6.1), where the transport can.
+    fn reset_queue(&mut self, queue: u16) {
+        let _ = queue;
+    }
+    /// Whether the reset of a queue is still under way.
+    fn is_queue_resetting(&mut self, queue: u16) -> bool {
+        let _ = queue;
+        true
+    }
     /// Notifies the device.
     fn notify(&mut self, queue: u16);
     /// Configuration bytes, read as the standard demands for fields of any width.
@@ -121,6 +134,35 @@ impl Machine {
             .expect("a device that the engine takes");
         drop(mmio.engine().memory(ram.ram(), WaitFor::NewRequests));
         let driver = MmioDriver::new(Arc::new(mmio), move || line.is_high());
+        Machine::new(Box::new(driver), stepper(lanes))
+    }
+
+    /// A device behind a subchannel. `adapter`: its driver takes adapter interrupts rather than classic ones.
+    ///
+    /// # Panics
+    /// If the engine refuses the device.
+    pub fn ccw<D: VirtioDevice>(device: D, ram: &TestRam, adapter: bool) -> Machine {
+        let channel = Arc::new(TestChannel::default());
+        let (ccw, lanes) = vm_virtio::transport::ccw::Ccw::new(device, Machine::options(), channel.clone())
+            .expect("a device that the engine takes");
+        drop(ccw.memory(ram.ram(), WaitFor::NewRequests));
+        let driver = CcwDriver::new(Arc::new(ccw), channel, ram, adapter);
+        Machine::new(Box::new(driver), stepper(lanes))
+    }
+
+    /// A device behind the structures of PCI. `messages`: its driver uses MSI-X rather than the pin.
+    ///
+    /// # Panics
+    /// If the engine refuses the device.
+    pub fn pci<D: VirtioDevice>(device: D, ram: &TestRam, messages: bool) -> Machine {
+        let function = Arc::new(TestFunction::default());
+        let (pci, lanes) = vm_virtio::transport::pci::Pci::new(device, Machine::options(), VECTORS)
+            .expect("a device that the engine takes");
+        pci.connect(function.clone());
+        drop(pci.engine().memory(ram.ram(), WaitFor::NewRequests));
+        let capabilities: Vec<_> =
+            pci.capabilities(4).iter().map(|capability| [&[9, 0], &capability.body[..]].concat()).collect();
+        let driver = PciDriver::new(Arc::new(pci), function, &capabilities, messages);
         Machine::new(Box::new(driver), stepper(lanes))
     }
 

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::{Access, Directory, GuestRam, MemFault, copy};
 
@@ -70,7 +71,18 @@ impl Segment {
         n
     }
 
-    /// The same for a system call. What the kernel does with it must end before the chain is completed or dropped.
+    /// Sets bits of the byte at `offset` in one access; what it was before. None beyond the end.
+    pub(crate) fn fetch_or(&self, offset: usize, bits: u8) -> Option<u8> {
+        if offset >= self.len {
+            return None;
+        }
+        // SAFETY: the byte is within the segment, so it may be accessed for as long as `self` may; an atomic byte needs no
+        // alignment, and whoever else accesses guest memory does so by atomic or volatile accesses.
+        let byte = unsafe { AtomicU8::from_ptr(self.base.wrapping_add(offset)) };
+        Some(byte.fetch_or(bits, Ordering::SeqCst))
+    }
+
+    /// As an `iovec`, for a system call. What the kernel does with it must end before the chain is completed or dropped.
     pub fn as_iovec(&self) -> libc::iovec {
         libc::iovec { iov_base: self.base.cast(), iov_len: self.len }
     }

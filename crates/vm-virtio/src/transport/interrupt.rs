@@ -47,12 +47,28 @@ impl Events {
         self.word.load(Ordering::SeqCst) & EVENTS
     }
 
-    /// Something happened.
-    pub(super) fn signal(&self, event: u32) {
+    /// Something happened. Whether it may be told.
+    pub(super) fn signal(&self, event: u32) -> bool {
         let change = |word: u32| (word & MUTED == 0).then_some(word | event);
-        if self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok() {
+        let told = self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok();
+        if told {
             self.settle();
         }
+        told
+    }
+
+    /// Whether nothing may be told.
+    pub(super) fn is_muted(&self) -> bool {
+        self.word.load(Ordering::SeqCst) & MUTED != 0
+    }
+
+    /// The events that are there; there are none afterwards.
+    pub(super) fn take(&self) -> u32 {
+        let events = self.word.fetch_and(!EVENTS, Ordering::SeqCst) & EVENTS;
+        if events != 0 {
+            self.settle();
+        }
+        events
     }
 
     /// The driver has seen these events.

@@ -235,7 +235,9 @@ impl<D: VirtioDevice> Mmio<D> {
             registers.set_queue(queue, |registers| change(registers, value));
         };
         match offset {
-            QUEUE_NOTIFY => registers.notify(value),
+            QUEUE_NOTIFY => {
+                registers.notify(value);
+            }
             0x064 => self.interrupt.0.acknowledge(value),
             0x014 => self.selected.device_features.store(value, Ordering::Relaxed),
             0x020 => {

@@ -6,6 +6,8 @@
 //! | module | what for |
 //! |---|---|
 //! | [`mmio`] | virtio-mmio version 2 (4.2) |
+//! | [`pci`] | the structures of virtio over PCI (4.1) |
+//! | [`ccw`] | virtio over channel I/O (4.3) |
 //! | `registers` | what transports have in common: features in words, status, each queue until it is started and after it is stopped |
 //! | `interrupt` | the two events of a shared interrupt, and the line that they hold up |
 //!
@@ -15,8 +17,12 @@
 //! * **What a driver must not do changes nothing** and is counted ([`Ignored`]): wrong widths, reserved offsets, fields out
 //!   of the order of 3.1.1, queues that do not exist. What it does to its rings is the engine's business.
 //! * After a reset began no interrupt is sent until the driver writes a status again.
+#[cfg(feature = "vm-device")]
+mod bus;
+pub mod ccw;
 mod interrupt;
 pub mod mmio;
+pub mod pci;
 mod registers;
 
 pub use interrupt::Line;

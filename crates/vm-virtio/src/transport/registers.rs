@@ -179,7 +179,7 @@ enum Phase {
 }
 
 /// What the driver has set of one queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
     /// Entries; more than a queue can have is refused when it starts.
     pub(super) size: u32,
@@ -312,11 +312,17 @@ impl<D: VirtioDevice> Registers<D> {
         features_word(self.engine.offered(), word)
     }
 
-    /// The driver chooses 32 of its features, until FEATURES_OK.
-    pub(super) fn set_driver_features(&self, word: u32, bits: u32) {
+    /// 32 of the features that the driver chose.
+    pub(super) fn driver_features(&self, word: u32) -> u32 {
+        features_word(self.lock().driver, word)
+    }
+
+    /// The driver chooses 32 of its features, until FEATURES_OK. Whether it still can.
+    pub(super) fn set_driver_features(&self, word: u32, bits: u32) -> bool {
         let mut state = self.lock();
         if self.engine.status().contains(Status::FEATURES_OK) || self.engine.is_resetting() {
-            return self.ignored.note();
+            self.ignored.note();
+            return false;
         }
         if word < 4 {
             let shift = word * 32;
@@ -325,6 +331,7 @@ impl<D: VirtioDevice> Registers<D> {
         } else {
             state.beyond |= bits != 0;
         }
+        true
     }
 
     /// The status field (2.1).
@@ -386,6 +393,12 @@ impl<D: VirtioDevice> Registers<D> {
     pub(super) fn queue_max(&self, queue: u32) -> u16 {
         let spec = usize::try_from(queue).ok().and_then(|at| self.engine.queues().get(at));
         spec.map_or(0, |spec| spec.max_size)
+    }
+
+    /// What is set of a queue.
+    pub(super) fn queue(&self, queue: u32) -> Option<QueueRegisters> {
+        let mut state = self.lock();
+        Some(self.slot(&mut state, queue)?.registers)
     }
 
     /// The driver changes what is set of a queue.
@@ -533,15 +546,17 @@ impl<D: VirtioDevice> Registers<D> {
         }
     }
 
-    /// The driver wrote this to notify a queue (2.9).
-    pub(super) fn notify(&self, value: u32) {
+    /// The driver wrote this to notify a queue (2.9). Whether there is such a queue.
+    pub(super) fn notify(&self, value: u32) -> bool {
         let data = self.carries_data.load(Ordering::Relaxed);
         let features = if data { Features::NOTIFICATION_DATA } else { Features::empty() };
         let known = |notification: &Notification| usize::from(notification.queue) < self.kicks.len();
-        match Notification::decode(value, features).filter(known) {
+        let notification = Notification::decode(value, features).filter(known);
+        match notification {
             Some(Notification { queue, .. }) => self.kick(queue),
             None => self.ignored.note(),
         }
+        notification.is_some()
     }
 
     /// The driver notified this queue.

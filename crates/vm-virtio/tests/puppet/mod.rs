@@ -88,8 +88,10 @@ impl VirtioDevice for Puppet {
         self.config.clone()
     }
     fn write_config(&mut self, offset: u32, data: &[u8], by: ConfigWriter) {
-        if by == ConfigWriter::Migration || offset >= 4 {
-            self.config.set(offset, data).unwrap();
+        for (at, byte) in (offset..).zip(data) {
+            if by == ConfigWriter::Migration || at >= 4 {
+                self.config.set(at, &[*byte]).unwrap();
+            }
         }
     }
     fn shared_memory(&self) -> &[ShmRegion] {

@@ -227,7 +227,7 @@ pub fn transport_ccw(data: &[u8]) {
                     0x11, 0x12, 0x13, 0x21, 0x22, 0x31, 0x32, 0x33, 0x43, 0x53, 0x72, 0x73, 0x83, 0xe4, 0x04,
                     0x03,
                 ]);
-                let address = u64::from(bytes.u16()) % (SIZE - 64) & !7;
+                let address = (u64::from(bytes.u16()) % (SIZE - 64)) & !7;
                 let mut word = [code, bytes.u8() & 0xf4, 0, bytes.u8() % 40, 0, 0, 0, 0];
                 word[6..].copy_from_slice(&bytes.u16().to_be_bytes());
                 memory.write_slice(&word, GuestAddress(address)).expect("in range");

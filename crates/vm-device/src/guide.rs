@@ -130,6 +130,9 @@
 //!   the tree, [`walk`](crate::device_manager::DeviceManager::walk) visits it.
 //! * **From inside of a callback** a device may plug in others, move its ranges, or remove itself or others, through an
 //!   [`IoSpace`](crate::dispatch::IoSpace). Nothing waits there: a removal is over when the last vCPU has left the device.
+//! * **PCI**: a host with its functions, BARs and hot plug is in [`pci`](crate::pci); it dispatches through the same
+//!   [`IoSpace`](crate::dispatch::IoSpace).
+//! * **KVM**: the cargo feature `kvm` connects lines and messages to the kernel, and turns writes into events without an exit.
 //! * **Save and restore**: [`DeviceManager::save`](crate::device_manager::DeviceManager::save) collects what
 //!   [`Device::save`](crate::device_manager::Device::save) gives.
 //! * **Fixed places**: `IoResource::new(Some(GuestAddress(0x3f8)), 8, IoType::Pio)` and `IrqResource(Some(4))`.

@@ -17,6 +17,8 @@ pub struct Lab {
     pub kernel: PathBuf,
     /// The guest's tools, as an uncompressed cpio archive.
     pub initramfs: PathBuf,
+    /// virtiofsd 1, a back-end of others.
+    pub virtiofsd: PathBuf,
     /// `fio` with its many libraries, as a further archive for [`Guest::archive`](crate::guest::Guest::archive).
     pub fio: PathBuf,
 }
@@ -31,9 +33,10 @@ impl Lab {
             qemu: folder.join("qemu/bin/qemu-system-x86_64"),
             kernel: folder.join("kernel/bzImage"),
             initramfs: folder.join("initramfs/initramfs.cpio"),
+            virtiofsd: folder.join("virtiofsd/bin/virtiofsd"),
             fio: folder.join("initramfs/fio.cpio"),
         };
-        let missing: Vec<_> = [&lab.qemu, &lab.kernel, &lab.initramfs, &lab.fio]
+        let missing: Vec<_> = [&lab.qemu, &lab.kernel, &lab.initramfs, &lab.virtiofsd, &lab.fio]
             .into_iter()
             .filter(|path| !path.is_file())
             .map(|path| path.display().to_string())

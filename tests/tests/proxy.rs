@@ -12,6 +12,7 @@ use std::{collections::HashMap, env};
 
 use backplane_tests::daemon::{self, Daemon};
 use backplane_tests::failure::Failure;
+use backplane_tests::lab;
 use backplane_tests::process::Owned;
 use backplane_tests::scratch::Scratch;
 use backplane_tests::skip;
@@ -242,15 +243,6 @@ fn proxied_storage_daemon_reads_what_is_in_the_image_and_writes_what_it_is_told(
     Ok(())
 }
 
-/// A virtiofsd, where the machine has one, and how it is told what to serve: since version 1 it is another program.
-fn file_system_daemon() -> Option<(PathBuf, bool)> {
-    let paths = env::var_os("PATH").unwrap_or_default();
-    let folders = env::split_paths(&paths).chain(["/usr/libexec".into(), "/usr/lib/qemu".into()]);
-    let program = folders.map(|folder| folder.join("virtiofsd")).find(|path| path.is_file())?;
-    let help = Command::new(&program).arg("--help").output().ok()?;
-    Some((program, String::from_utf8_lossy(&help.stdout).contains("--shared-dir")))
-}
-
 /// One FUSE request on the first request queue: the error code, and what follows the header of the answer.
 fn fuse(guest: &mut Guest, opcode: u32, node: u64, arguments: &[u8], room: u32) -> (i32, Vec<u8>) {
     const UNIQUE: u64 = 0x1234_5678_9abc;
@@ -276,25 +268,15 @@ fn fuse(guest: &mut Guest, opcode: u32, node: u64, arguments: &[u8], room: u32) 
 #[test]
 fn proxied_virtiofsd_gives_the_files_that_it_shares() -> Result<(), Failure> {
     let test = "proxied_virtiofsd_gives_the_files_that_it_shares";
-    let Some((program, is_new)) = file_system_daemon() else {
-        skip::tell(
-            test,
-            "virtiofsd is not on this machine (Debian: virtiofsd, qemu-system-common before 13)",
-        );
-        return Ok(());
-    };
+    let Some(lab) = lab::require(test) else { return Ok(()) };
     let scratch = Scratch::new().map_err(Failure::io("make a temporary folder"))?;
     let (shared, socket) = (scratch.join("shared"), scratch.join("socket"));
     fs::create_dir(&shared).map_err(Failure::io("make a folder"))?;
     let contents: Vec<u8> = (0..10_000u32).map(|at| (at * 7 / 3) as u8).collect();
     fs::write(shared.join("numbers"), &contents).map_err(Failure::io("write a file"))?;
-    let mut command = Command::new(program);
+    let mut command = Command::new(lab.virtiofsd);
     command.arg(format!("--socket-path={}", socket.display()));
-    if is_new {
-        command.arg("--shared-dir").arg(&shared).args(["--sandbox", "none"]);
-    } else {
-        command.arg("-o").arg(format!("source={},sandbox=chroot", shared.display())).arg("-f");
-    }
+    command.arg("--shared-dir").arg(&shared).args(["--sandbox", "none"]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _running = Owned::spawn(&mut command).map_err(Failure::io("start virtiofsd"))?;
     // The tag is the front-end's with the older ones.

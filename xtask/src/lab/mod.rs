@@ -1,4 +1,4 @@
-//! The guest lab: QEMU, a guest kernel and the guest's tools, kept outside the source tree.
+//! The guest lab: QEMU, virtiofsd, a guest kernel and the guest's tools, kept outside the source tree.
 //!
 //! Everything here is made of Debian packages and of what lies in `xtask/lab`. One run at a time works on a lab (a
 //! lock file sees to that); parts that are there and were made by the present recipe are left alone.
@@ -20,6 +20,7 @@ mod libraries;
 mod mirror;
 mod part;
 mod qemu;
+mod virtiofsd;
 
 use part::{Building, Part};
 
@@ -50,7 +51,7 @@ pub(crate) fn ensure(options: &Options) -> Result<lab::Lab> {
     let lock = lock(&folder)?;
     part::sweep(&folder)?;
     let mut missing = Vec::new();
-    for part in [qemu::part(), initramfs::part(), kernel::part()] {
+    for part in [qemu::part(), virtiofsd::part(), initramfs::part(), kernel::part()] {
         match part.present(&folder) {
             Ok(stamp) if !options.fresh => note(&format!("{}: {}", part.name, stamp.line())),
             Ok(_) => missing.push((part, "wanted again".to_owned())),
@@ -71,7 +72,7 @@ fn make(folder: &Path, missing: &[(Part, String)], options: &Options) -> Result<
     let system = qemu::of_system();
     // The system's QEMU only needs a starter; everything else comes over the network.
     let fetched = missing.iter().any(|(part, _)| part.name != "qemu" || system.is_none());
-    let compiled = missing.iter().any(|(part, _)| part.name != "qemu");
+    let compiled = missing.iter().any(|(part, _)| ["initramfs", "kernel"].contains(&part.name));
     let tools = if compiled { missing_tools() } else { Vec::new() };
     if options.offline && fetched {
         let mut why = format!("without the network these cannot be made: {}", list.join(", "));
@@ -105,6 +106,7 @@ fn make(folder: &Path, missing: &[(Part, String)], options: &Options) -> Result<
         let stamp = part.make(folder, &mut step, |out, work, step| match (part.name, &system, &apt) {
             ("qemu", Some(version), _) => qemu::link(out, version),
             ("qemu", None, Some(apt)) => qemu::make(apt, out, work, step),
+            ("virtiofsd", _, Some(apt)) => virtiofsd::make(apt, out, work, step),
             ("initramfs", _, Some(apt)) => initramfs::make(apt, out, work, step),
             ("kernel", _, Some(apt)) => kernel::make(apt, out, work, step),
             (other, ..) => {

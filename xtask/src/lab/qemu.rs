@@ -18,7 +18,7 @@ use crate::progress::Step;
 const OLDEST: (u32, u32) = (11, 1);
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Dependencies that only matter on a machine that boots from these packages.
-const UNNEEDED: &[&str] = &[
+pub(super) const UNNEEDED: &[&str] = &[
     "systemd*",
     "libsystemd-shared",
     "libc-gconv-modules-extra",
@@ -42,7 +42,7 @@ pub(super) fn of_system() -> Option<String> {
 
 /// Puts a starter for the system's QEMU in place.
 pub(super) fn link(out: &Path, version: &str) -> Result<String> {
-    install(out, &format!("#!/bin/sh\nexec {PROGRAM} \"$@\"\n"))?;
+    install(out, PROGRAM, &format!("#!/bin/sh\nexec {PROGRAM} \"$@\"\n"))?;
     Ok(format!("QEMU {version}"))
 }
 
@@ -54,7 +54,7 @@ pub(super) fn make(apt: &Apt, out: &Path, work: &Path, step: &mut Step) -> Resul
     for junk in ["doc", "man", "locale", "info", "lintian", "bash-completion"] {
         let _ = fs::remove_dir_all(root.join("usr/share").join(junk));
     }
-    install(out, STARTER)?;
+    install(out, PROGRAM, STARTER)?;
     let program = out.join("bin").join(PROGRAM);
     step.doing("trying it");
     borrowed(&root)?;
@@ -86,10 +86,11 @@ exec "$here/lib64/ld-linux-x86-64.so.2" --inhibit-cache --argv0 qemu-system-x86_
   -L "$here/share/qemu" -L "$here/share/seabios" -L "$here/lib/ipxe/qemu" "$@"
 "#;
 
-fn install(out: &Path, text: &str) -> Result<()> {
+/// Puts a script in place as that program of a part.
+pub(super) fn install(out: &Path, program: &str, text: &str) -> Result<()> {
     let bin = out.join("bin");
     fs::create_dir_all(&bin).map_err(|e| Error::file("make", &bin, &e))?;
-    let path = bin.join(PROGRAM);
+    let path = bin.join(program);
     fs::write(&path, text).map_err(|e| Error::file("write", &path, &e))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
         .map_err(|e| Error::file("make runnable", &path, &e))

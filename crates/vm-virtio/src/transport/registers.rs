@@ -5,32 +5,24 @@
 //! * A queue's size and addresses may change between FEATURES_OK and its start, and while it is stopped.
 //! * What has to wait for a lane is waited for outside of the lock: a queue that ends is [`Phase::Ending`] meanwhile.
 //! * `epoch` counts resets: who waited while one came finds nothing of his own any more.
+mod saved;
+
 use crate::device::{HostEvent, HostEvents, Stop, VirtioDevice};
 use crate::engine::{Notification, QueueResetError};
 use crate::lane::{Call, EventFd, Interrupt, Kick, StartError, StopError};
 use crate::{
     ConfigWriter, Engine, EngineError, EngineOptions, Features, GuestAddress, LaneRunner, QueueConfig,
-    QueueStart, QueueState, SavedQueue, SnapshotError, Status, Ticket,
+    QueueStart, QueueState, Status, Ticket,
 };
-use device_state::{SavedState, Section, StateError, Tag};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::BorrowedFd;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The part of a saved transport that is its engine.
-const ENGINE: Tag = Tag(*b"devi");
-/// The part that all transports have.
-const REGISTERS: Tag = Tag(*b"regs");
-/// The part of one transport.
-const OWN: Tag = Tag(*b"tran");
-
-/// How long saving and restoring wait for lanes: longer than any of their own deadlines.
-const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(20);
+pub use saved::TransportError;
 
 /// How long an access of a guest's CPU waits if the VMM does not say otherwise: a little longer than the engine needs to
 /// give up a backend that hangs ([`STOP_DEADLINE`](crate::engine::STOP_DEADLINE)).
@@ -93,27 +85,6 @@ impl Ignored {
     pub(super) fn note(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// A transport is not saved or restored.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TransportError {
-    /// The device is not.
-    #[error(transparent)]
-    Device(#[from] SnapshotError),
-    /// The state is none, or none for this transport.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// A restored queue does not start.
-    #[error("a queue of the state cannot start")]
-    Queue(#[from] StartError),
-    /// A queue is being stopped or reset: try again when it is over.
-    #[error("a queue is being stopped")]
-    Busy,
-    /// A lane does not answer.
-    #[error("a lane does not answer")]
-    Silent,
 }
 
 /// What a transport does with events, whatever its interrupts are.
@@ -226,15 +197,6 @@ struct State {
     beyond: bool,
     queues: Vec<Slot>,
     epoch: u64,
-}
-
-/// Version 1 of the part that all transports have.
-#[derive(Serialize, Deserialize)]
-struct RegistersV1 {
-    driver: u128,
-    beyond: bool,
-    /// Those of queues that run are the engine's.
-    queues: Vec<QueueRegisters>,
 }
 
 pub(super) struct Registers<D: VirtioDevice> {
@@ -568,6 +530,16 @@ impl<D: VirtioDevice> Registers<D> {
         }
     }
 
+    /// The interrupt of a queue goes another way: whoever has its file has to hear of it.
+    pub(super) fn renew_call(&self, queue: u32) {
+        let mut state = self.lock();
+        let on = self.slot(&mut state, queue).is_some_and(|slot| matches!(slot.phase, Phase::On));
+        if let (true, Ok(number)) = (on, u16::try_from(queue)) {
+            let call = self.calls.get(usize::from(number)).cloned().flatten();
+            drop(self.engine.set_call(number, call));
+        }
+    }
+
     /// Reads configuration bytes (2.5); behind the end there are zeros.
     pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
         match u32::try_from(offset) {
@@ -585,87 +557,6 @@ impl<D: VirtioDevice> Registers<D> {
         if !written {
             self.ignored.note();
         }
-    }
-
-    /// Saves device and registers, and what the transport has beside them. The device has to be at rest:
-    /// [`Engine::suspend`].
-    pub(super) fn save<T: Serialize>(&self, version: u16, own: &T) -> Result<Vec<u8>, TransportError> {
-        let engine = self.engine.save().wait_for(SNAPSHOT_PATIENCE).ok_or(TransportError::Silent)??;
-        let mut state = self.lock();
-        state.queues.iter_mut().for_each(Slot::poll);
-        if self.engine.is_resetting()
-            || state.queues.iter().any(|slot| matches!(slot.phase, Phase::Ending(_)))
-        {
-            return Err(TransportError::Busy);
-        }
-        let registers = RegistersV1 {
-            driver: state.driver.bits(),
-            beyond: state.beyond,
-            queues: state.queues.iter().map(|slot| slot.registers).collect(),
-        };
-        drop(state);
-        let mut saved = SavedState::new(self.engine.device_type().0);
-        saved.put(ENGINE, Section::from_bytes(1, engine));
-        saved.put(REGISTERS, Section::encode(1, &registers)?);
-        saved.put(OWN, Section::encode(version, own)?);
-        Ok(saved.to_bytes()?)
-    }
-
-    /// Takes over what [`Registers::save`] returned, from outside and not to be trusted; memory is there. `install` takes the
-    /// transport's own part, before anything runs that could interrupt. An error leaves a reset device.
-    pub(super) fn restore<T: DeserializeOwned>(
-        &self,
-        bytes: &[u8],
-        version: u16,
-        install: impl FnOnce(T) -> Result<(), TransportError>,
-    ) -> Result<(), TransportError> {
-        let mut saved = SavedState::parse(bytes)?;
-        if saved.device() != self.engine.device_type().0 {
-            return Err(SnapshotError::DeviceType(crate::DeviceType(saved.device())).into());
-        }
-        let engine = saved.take(ENGINE)?;
-        let registers: RegistersV1 = saved.take(REGISTERS)?.decode(1)?;
-        let own: T = saved.take(OWN)?.decode(version)?;
-        saved.finish()?;
-        if registers.queues.len() != self.engine.queues().len() {
-            return Err(StateError::refused("it has another number of queues").into());
-        }
-        if self.engine.is_resetting() || !self.engine.status().is_empty() {
-            return Err(SnapshotError::NotReset.into());
-        }
-        let outcome = install(own).and_then(|()| {
-            let queues = self.engine.restore(engine.bytes()).wait_for(SNAPSHOT_PATIENCE);
-            self.take_over(registers, queues.ok_or(TransportError::Silent)??)
-        });
-        if outcome.is_err() {
-            self.reset();
-        }
-        outcome
-    }
-
-    fn take_over(&self, registers: RegistersV1, queues: Vec<SavedQueue>) -> Result<(), TransportError> {
-        let mut state = self.lock();
-        let features = self.engine.driver_features();
-        let fixed = self.engine.status().contains(Status::FEATURES_OK);
-        state.driver = if fixed { features } else { Features::from_bits_retain(registers.driver) };
-        state.beyond = registers.beyond && !fixed;
-        self.carries_data.store(features.contains(Features::NOTIFICATION_DATA), Ordering::SeqCst);
-        for (slot, registers) in state.queues.iter_mut().zip(registers.queues) {
-            *slot = Slot { registers, ..Slot::initial(slot.max) };
-        }
-        for SavedQueue { index, enabled, config, state: at } in queues {
-            // A driver has no other way to disable one than to stop it.
-            let slot = state.queues.get_mut(usize::from(index)).filter(|_| enabled);
-            let slot = slot.ok_or(SnapshotError::Queue(index))?;
-            let QueueConfig { size, desc, driver, device } = config;
-            slot.registers =
-                QueueRegisters { size: u32::from(size), desc: desc.0, driver: driver.0, device: device.0 };
-            let mut started = self.start(index, config, Some(at)).map_err(StartError::Kick)?;
-            started.wait_for(SNAPSHOT_PATIENCE).ok_or(TransportError::Silent)??;
-            drop(self.engine.enable(index, true));
-            slot.phase = Phase::On;
-        }
-        Ok(())
     }
 }
 

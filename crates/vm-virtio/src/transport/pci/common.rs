@@ -96,6 +96,8 @@ impl<D: VirtioDevice> Pci<D> {
             (26, 2) => {
                 if !self.signals.set_queue_vector(queue, short) {
                     registers.ignored.note();
+                } else if self.signals.file(queue).is_some() {
+                    registers.renew_call(queue);
                 }
             }
             (28, 2) if short == 1 => {

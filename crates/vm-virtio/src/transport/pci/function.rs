@@ -10,8 +10,9 @@
 use super::{FunctionInterrupts, Pci, PciCapability, VENDOR};
 use crate::device::VirtioDevice;
 use crate::shared_memory::ShmRegion;
+use rustix::fd::BorrowedFd;
 use std::sync::Arc;
-use vm_device::interrupt::Messages;
+use vm_device::interrupt::{Message, Messages};
 use vm_device::pci::{
     BarKind, Capability, CapabilityAccess, Function, FunctionBuilder, Identity, Interrupts, MsixLayout,
     PciDevice, PciError, Pin,
@@ -41,19 +42,29 @@ pub struct FunctionOptions {
     pub moved: Moved,
 }
 
-impl FunctionInterrupts for Interrupts {
+/// The interrupts of the function.
+struct Wires {
+    interrupts: Interrupts,
+    messages: Vec<Message>,
+}
+
+impl FunctionInterrupts for Wires {
     fn uses_messages(&self) -> bool {
-        Interrupts::uses_messages(self)
+        self.interrupts.uses_messages()
     }
 
     fn message(&self, vector: u16) {
-        if let Some(message) = Interrupts::message(self, vector) {
+        if let Some(message) = self.messages.get(usize::from(vector)) {
             message.signal();
         }
     }
 
+    fn message_fd(&self, vector: u16) -> Option<BorrowedFd<'_>> {
+        self.messages.get(usize::from(vector))?.fd()
+    }
+
     fn set_intx(&self, high: bool) {
-        Interrupts::set_intx(self, high);
+        self.interrupts.set_intx(high);
     }
 }
 
@@ -188,7 +199,8 @@ pub fn function<D: VirtioDevice>(pci: Arc<Pci<D>>, options: FunctionOptions) -> 
         }
     }
     builder.build(messages, |interrupts| {
-        pci.connect(Arc::new(interrupts.clone()));
+        let messages = (0..vectors).filter_map(|vector| interrupts.message(vector)).collect();
+        pci.connect(Arc::new(Wires { interrupts: interrupts.clone(), messages }));
         Arc::new(Behind { pci, window, moved })
     })
 }

@@ -3,6 +3,7 @@
 use crate::Interrupt;
 use crate::transport::interrupt::{CONFIG, EVENTS, Events, Line, USED};
 use crate::transport::registers::Signals;
+use rustix::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -15,6 +16,11 @@ pub trait FunctionInterrupts: Send + Sync {
     fn uses_messages(&self) -> bool;
     /// Sends the message of a vector of the table; one that is masked becomes pending.
     fn message(&self, vector: u16);
+    /// The eventfd of a vector, for those who signal by themselves: masks and routes are behind it.
+    fn message_fd(&self, vector: u16) -> Option<BorrowedFd<'_>> {
+        let _ = vector;
+        None
+    }
     /// What the function wants of its pin, and of the interrupt bit in the PCI Status register. While MSI-X is enabled, nobody
     /// is to see it.
     fn set_intx(&self, high: bool);
@@ -123,6 +129,12 @@ impl PciSignals {
         true
     }
 
+    /// The file behind the vector of a queue.
+    pub(super) fn file(&self, queue: u32) -> Option<BorrowedFd<'_>> {
+        let vector = self.queue_vector(queue);
+        self.messages().filter(|_| vector != NO_VECTOR)?.message_fd(vector)
+    }
+
     fn messages(&self) -> Option<&Arc<dyn FunctionInterrupts>> {
         self.function.get().filter(|function| function.uses_messages())
     }
@@ -172,5 +184,52 @@ impl Interrupt for QueueInterrupt {
                 self.signals.events.signal(USED);
             }
         }
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.signals.file(u32::from(self.queue))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::EventFd;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    /// Two vectors; messages are what was written to their files.
+    struct Files([EventFd; 2]);
+
+    impl FunctionInterrupts for Files {
+        fn uses_messages(&self) -> bool {
+            true
+        }
+        fn message(&self, vector: u16) {
+            self.0[usize::from(vector)].signal();
+        }
+        fn message_fd(&self, vector: u16) -> Option<BorrowedFd<'_>> {
+            self.0.get(usize::from(vector))?.as_fd()
+        }
+        fn set_intx(&self, _: bool) {}
+    }
+
+    #[test]
+    fn pci_4_1_5_3_a_queue_has_the_file_of_its_vector() {
+        let file = || EventFd::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap()).unwrap();
+        let function = Arc::new(Files([file(), file()]));
+        let number = |vector: usize| function.0[vector].as_fd().map(|fd| rustix::fd::AsRawFd::as_raw_fd(&fd));
+        let signals = Arc::new(PciSignals::new(2));
+        signals.set_queues(1);
+        let call = signals.queue(0);
+        assert!(call.as_fd().is_none(), "no function");
+        signals.connect(function.clone());
+        assert!(call.as_fd().is_none(), "no vector");
+        for vector in [1, 0] {
+            assert!(signals.set_queue_vector(0, vector));
+            let fd = call.as_fd().map(|fd| rustix::fd::AsRawFd::as_raw_fd(&fd));
+            assert_eq!(fd, number(usize::from(vector)));
+        }
+        signals.mute();
+        assert!(call.as_fd().is_none(), "after a reset");
     }
 }

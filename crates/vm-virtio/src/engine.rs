@@ -34,7 +34,7 @@ use crate::{
 use reactor::{SpinPolicy, Waker, mailbox};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -126,6 +126,8 @@ struct Core<D: VirtioDevice> {
     controls: Controls,
     host_requests: HostRequests,
     control: Mutex<Control>,
+    /// Whether [`Control::resetting`] is there, for those who only look. Changed under the lock.
+    is_resetting: AtomicBool,
     lanes: Vec<LaneHandle<D::Worker>>,
     /// Of each queue.
     totals: Vec<Arc<QueueTotals>>,
@@ -249,6 +251,7 @@ impl<D: VirtioDevice> Engine<D> {
             device: Mutex::new(device),
             offered,
             specs,
+            is_resetting: AtomicBool::new(false),
             control: Mutex::new(Control {
                 driver: Features::empty(),
                 ram: GuestRam::empty(),
@@ -325,15 +328,14 @@ impl<D: VirtioDevice> Engine<D> {
 
     /// The status field.
     pub fn status(&self) -> Status {
-        let control = lock(&self.0.control);
         let status = self.0.shared.status();
         // 2.4.1: a driver that reads 0 goes on, so 0 means that the next write counts.
-        if control.resetting.is_some() && status.is_empty() { Status::DEVICE_NEEDS_RESET } else { status }
+        if status.is_empty() && self.is_resetting() { Status::DEVICE_NEEDS_RESET } else { status }
     }
 
     /// Whether a reset is under way.
     pub fn is_resetting(&self) -> bool {
-        lock(&self.0.control).resetting.is_some()
+        self.0.is_resetting.load(Ordering::SeqCst)
     }
 
     /// The driver writes the status field: 0 resets, other bits are added (2.1.1: a driver clears none). FEATURES_OK
@@ -573,6 +575,7 @@ impl<D: VirtioDevice> Engine<D> {
             return ticket;
         }
         control.resetting = Some(vec![done]);
+        self.0.is_resetting.store(true, Ordering::SeqCst);
         let overtaken = control.suspending.take();
         // A lane that is gone ends the reset at once, in `ResetOver`, which takes the lock.
         drop(control);
@@ -626,7 +629,10 @@ struct ResetOver<D: VirtioDevice>(Arc<Core<D>>);
 
 impl<D: VirtioDevice> Drop for ResetOver<D> {
     fn drop(&mut self) {
-        let waiting = lock(&self.0.control).resetting.take();
+        let mut control = lock(&self.0.control);
+        let waiting = control.resetting.take();
+        self.0.is_resetting.store(false, Ordering::SeqCst);
+        drop(control);
         drop(waiting);
     }
 }

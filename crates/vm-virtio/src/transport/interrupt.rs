@@ -73,9 +73,11 @@ impl Events {
 
     /// The driver has seen these events.
     pub(super) fn acknowledge(&self, events: u32) {
-        self.word.fetch_and(!(events & EVENTS), Ordering::SeqCst);
-        // What is left is news for a line of the edge kind.
-        self.settle();
+        let before = self.word.fetch_and(!(events & EVENTS), Ordering::SeqCst);
+        if before & events & EVENTS != 0 {
+            // What is left is news for a line of the edge kind.
+            self.settle();
+        }
     }
 
     /// No event is there, and none comes.

@@ -1,12 +1,15 @@
 //! Transports on the buses of `vm-device`: virtio-mmio behind an address and an interrupt line, virtio-pci as a function that
 //! its guest finds, moves and interrupts itself with. Names: `pci_*`, `mmio_*` with the section of virtio 1.4.
 mod puppet;
+mod traffic;
 
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use puppet::{ANSWER, Ear, Puppet};
+use traffic::{Movable, Place, moves_under_traffic};
+use virtio_testkit::transport::{PciDriver, RegisterAccess, TestFunction};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
@@ -17,7 +20,7 @@ use vm_device::pci::{BusId, Card, ConfigPorts, RootComplex, RootOptions};
 use vm_virtio::transport::Options;
 use vm_virtio::transport::mmio::{MAGIC, Mmio};
 use vm_virtio::transport::pci::function::{FunctionOptions, function};
-use vm_virtio::transport::pci::{Pci, PciCapability};
+use vm_virtio::transport::pci::{FunctionInterrupts, Pci, PciCapability};
 use vm_virtio::{Features, WaitFor};
 
 fn options() -> Options {
@@ -141,6 +144,7 @@ type Moves = Arc<Mutex<Vec<(u8, Option<u64>)>>>;
 
 struct Guest {
     bus: Bus,
+    root: RootComplex,
     line: IrqLine,
     controller: Arc<Controller>,
     events: Vec<vm_device::interrupt::Message>,
@@ -153,6 +157,10 @@ const VECTORS: u16 = 4;
 
 impl Guest {
     fn new() -> Guest {
+        Guest::on(memory(), Puppet::new().0)
+    }
+
+    fn on(ram: TestRam, device: Puppet) -> Guest {
         let line = || IrqLine::new(Trigger::Level).unwrap();
         let lines = [line(), line(), line(), line()];
         let mut buses = IoManager::new();
@@ -173,12 +181,10 @@ impl Guest {
         let controller = Arc::new(Controller::default());
         let messages = Messages::new(controller.clone(), 0, VECTORS.into()).unwrap();
         let events = messages.vectors();
-        let (device, _mail) = Puppet::new();
         let (pci, lanes) = Pci::new(device, options(), VECTORS).unwrap();
         for lane in lanes {
             drop(std::thread::spawn(move || lane.run()));
         }
-        let ram = memory();
         pci.engine().memory(ram.ram(), WaitFor::NewRequests).wait();
         let pci = Arc::new(pci);
         let moves = Moves::default();
@@ -194,7 +200,7 @@ impl Guest {
         root.add(BusId::Root, 3, Card::single(function(pci.clone(), options).unwrap())).unwrap();
         // INTA of device 3.
         let line = lines[3].clone();
-        Guest { bus: Bus(buses), line, controller, events, pci, ram, moves }
+        Guest { bus: Bus(buses), root, line, controller, events, pci, ram, moves }
     }
 
     /// Offsets of the capabilities, by identifier.
@@ -223,6 +229,19 @@ impl Guest {
         if bar != 0 {
             self.bus.config_write(0x14 + 4 * bar, &((address >> 32) as u32).to_le_bytes());
         }
+    }
+
+    /// The guest writes its MSI-X table, which is at `table`, and enables it.
+    fn enable_messages(&self, table: u64) {
+        let (msix, _) = self.capabilities().into_iter().find(|(_, id)| *id == 0x11).unwrap();
+        for vector in 0..u64::from(VECTORS) {
+            let entry = table + 16 * vector;
+            self.bus.store(entry, &0xfee0_0000_u32.to_le_bytes());
+            self.bus.store(entry + 4, &[0; 4]);
+            self.bus.store(entry + 8, &(0x40 + vector as u32).to_le_bytes());
+            self.bus.store(entry + 12, &[0; 4]);
+        }
+        self.bus.config_write(msix + 2, &0x8000_u16.to_le_bytes());
     }
 
     fn go(&self, base: u64) -> RingDriver {
@@ -302,15 +321,7 @@ fn pci_4_1_a_guest_finds_moves_and_uses_it() {
     assert_eq!(bus.load(second + 0x40), [1]);
 
     // MSI-X: queue 0 has vector 2.
-    let (msix, _) = guest.capabilities().into_iter().find(|(_, id)| *id == 0x11).unwrap();
-    for vector in 0..u64::from(VECTORS) {
-        let entry = 0xe000_0000 + 16 * vector;
-        bus.store(entry, &0xfee0_0000_u32.to_le_bytes());
-        bus.store(entry + 4, &[0; 4]);
-        bus.store(entry + 8, &(0x40 + vector as u32).to_le_bytes());
-        bus.store(entry + 12, &[0; 4]);
-    }
-    bus.config_write(msix + 2, &0x8000_u16.to_le_bytes());
+    guest.enable_messages(0xe000_0000);
     let message = MsiMessage { address: 0xfee0_0000, data: 0x42 };
     assert!(guest.controller.0.lock().unwrap().contains(&(2, message)));
     let took = |vector: usize| guest.events[vector].event().unwrap().take();
@@ -339,4 +350,92 @@ fn pci_4_1_a_guest_finds_moves_and_uses_it() {
     bus.store(second + 0x1000, &[0, 0]);
     until("no answer", || ring.used().is_some());
     until("no message", || took(2));
+}
+
+/// Where the guest has put the structures.
+const BAR: u64 = 0xe800_0000;
+
+/// A guest, and what its interrupts arrive at, which stays the same wherever the guest is.
+struct Moving {
+    guest: Guest,
+    arrived: Arc<TestFunction>,
+}
+
+impl RegisterAccess for Moving {
+    fn load(&self, offset: u64, data: &mut [u8]) {
+        self.guest.bus.0.mmio_read(MmioAddress(BAR + offset), data).expect("the BAR is there");
+    }
+
+    fn store(&self, offset: u64, data: &[u8]) {
+        self.guest.bus.store(BAR + offset, data);
+    }
+}
+
+impl Movable for Moving {
+    type State = (device_state::Section, Vec<u8>);
+
+    fn suspend(&self) {
+        self.guest.pci.engine().suspend().wait().unwrap();
+    }
+
+    fn save(&self) -> Self::State {
+        (self.guest.root.save().unwrap(), self.guest.pci.save().unwrap())
+    }
+
+    fn restore(&self, (root, device): &Self::State) {
+        self.guest.root.restore(root).unwrap();
+        for len in (0..device.len()).step_by(7) {
+            assert!(self.guest.pci.restore(&device[..len]).is_err(), "{len} bytes");
+        }
+        self.guest.pci.restore(device).unwrap();
+    }
+
+    fn deliver(&self) {
+        for (vector, message) in (0..).zip(&self.guest.events) {
+            if message.event().unwrap().take() {
+                self.arrived.message(vector);
+            }
+        }
+        self.arrived.set_intx(self.guest.line.is_asserted());
+    }
+}
+
+/// The transport and its function's configuration space, BARs and MSI-X table, as one.
+#[test]
+fn snapshot_pci_function_under_traffic() {
+    for (layout, messages) in
+        [(RingLayout::Split, true), (RingLayout::Packed, true), (RingLayout::Split, false)]
+    {
+        let ram = memory();
+        let arrived = Arc::new(TestFunction::default());
+        let machine =
+            || Moving { guest: Guest::on(ram.clone(), Puppet::counting()), arrived: arrived.clone() };
+        let first = machine();
+        first.guest.place(0, 0xe000_0000);
+        first.guest.place(4, BAR);
+        first.guest.bus.config_write(4, &[6, 0]);
+        if messages {
+            first.guest.enable_messages(0xe000_0000);
+        }
+        let capabilities: Vec<Vec<u8>> = first
+            .guest
+            .capabilities()
+            .into_iter()
+            .filter(|(_, id)| *id == 9)
+            .map(|(at, _)| {
+                (0..u32::from(first.guest.bus.config::<4>(at)[2]))
+                    .map(|byte| first.guest.bus.config::<1>(at + byte)[0])
+                    .collect()
+            })
+            .collect();
+        let place = Place::new(first);
+        let mut driver = PciDriver::new(place.clone(), arrived.clone(), &capabilities, messages);
+        moves_under_traffic(&ram, layout, &place, &mut driver, |_| machine());
+        let last = place.now();
+        assert_eq!(last.guest.pci.ignored().count(), 0);
+        let message = MsiMessage { address: 0xfee0_0000, data: 0x42 };
+        assert_eq!(last.guest.controller.0.lock().unwrap().contains(&(2, message)), messages);
+        // It is told where its BARs are, too.
+        assert!(last.guest.moves.lock().unwrap().contains(&(4, Some(BAR))));
+    }
 }

@@ -1,8 +1,8 @@
 //! A driver of virtio over channel I/O (4.3): channel programs of format 1, byte by byte.
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory};
 use vm_virtio::transport::ccw::{Ccw, ChannelInterrupts, Program};
 use vm_virtio::{Features, QueueConfig, Status, VirtioDevice};
 
@@ -110,11 +110,12 @@ impl<S: Subchannel> CcwDriver<S> {
         ending == (0x0c, 0)
     }
 
+    /// Reads and clears. The device may set bits at the same time: none of them is lost.
     fn take_bytes<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        self.ram.read(GuestAddress(self.page + at), &mut bytes);
-        self.ram.write(GuestAddress(self.page + at), &[0; N]);
-        bytes
+        let bytes = self.ram.memory().get_slice(GuestAddress(self.page + at), N).expect("the driver's page");
+        std::array::from_fn(|at| {
+            bytes.get_atomic_ref::<AtomicU8>(at).expect("within it").swap(0, Ordering::SeqCst)
+        })
     }
 
     fn set_indicators(&mut self) {

@@ -26,6 +26,8 @@ pub(crate) const ANSWER: [u8; 8] = [0x5a; 8];
 pub(crate) enum Mode {
     /// Answer at once.
     Echo,
+    /// Answer at once how many requests there were so far; restored ones count.
+    Count,
     /// Keep them until they are told to answer or asked to stop.
     Hold,
     /// Keep them whatever happens.
@@ -45,6 +47,8 @@ pub(crate) enum Order {
 pub(crate) struct Puppet {
     config: Arc<ConfigSpace>,
     mail: Sender<Vec<Mail<Order>>>,
+    /// Of workers that were not told otherwise.
+    mode: Mode,
 }
 
 /// A worker: one a queue.
@@ -63,7 +67,14 @@ impl Puppet {
     pub(crate) fn new() -> (Puppet, Receiver<Vec<Mail<Order>>>) {
         let (mail, mails) = channel();
         let config = Arc::new(ConfigSpace::new(vec![1, 2, 3, 4, 5, 6]));
-        (Puppet { config, mail }, mails)
+        (Puppet { config, mail, mode: Mode::Echo }, mails)
+    }
+
+    /// One that counts requests.
+    pub(crate) fn counting() -> Puppet {
+        let (mut puppet, _) = Puppet::new();
+        puppet.mode = Mode::Count;
+        puppet
     }
 }
 
@@ -99,8 +110,7 @@ impl VirtioDevice for Puppet {
     }
     fn workers(&mut self, mail: &[Mail<Order>]) -> Result<Vec<Strings>, DeviceError> {
         let _ = self.mail.send(mail.to_vec());
-        let worker =
-            || Strings { mode: Mode::Echo, held: Vec::new(), served: 0, config: self.config.clone() };
+        let worker = || Strings { mode: self.mode, held: Vec::new(), served: 0, config: self.config.clone() };
         Ok(vec![worker(), worker()])
     }
     fn save(&self, workers: &[Strings]) -> Result<DeviceState, StateError> {
@@ -116,7 +126,7 @@ impl VirtioDevice for Puppet {
     }
     fn reset(&mut self, workers: &mut [Strings]) {
         for worker in workers {
-            worker.mode = Mode::Echo;
+            worker.mode = self.mode;
             worker.held.clear();
         }
     }
@@ -129,8 +139,10 @@ impl Worker for Strings {
         while let Some(chain) = queue.pop() {
             self.served += 1;
             match self.mode {
-                Mode::Echo => {
-                    let written = queue.writer(&chain).write(&ANSWER) as u32;
+                Mode::Echo | Mode::Count => {
+                    let count = self.served.to_le_bytes();
+                    let answer = if self.mode == Mode::Count { count } else { ANSWER };
+                    let written = queue.writer(&chain).write(&answer) as u32;
                     queue.add_used(chain, written);
                 }
                 Mode::Hold | Mode::Hang => self.held.push((number, chain)),

@@ -1,10 +1,14 @@
 //! Dispatch in one process: our buses beside a bare sorted array and rust-vmm's `vm-device` 0.1.0, in one run.
 //!
-//! `cargo xtask bench bus`; `-- --quick`: a short table, to see that it runs. All times but those of registration are the CPU
-//! time of the thread that accesses, so that other programs on the machine count little.
+//! Also registers of virtio-mmio beside a bare `match`.
+//!
+//! `cargo xtask bench bus`; `-- --quick`: short tables, to see that it runs; `-- --registers`: only the table of registers. All
+//! times but those of registration are the CPU time of the thread that accesses, so that other programs on the machine count
+//! little.
 mod registering;
 mod threads;
 mod variants;
+mod virtio;
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -109,6 +113,9 @@ fn main() {
         true => Effort { sets: 2, rounds: 5, accesses: 5_000 },
         false => Effort { sets: 8, rounds: 15, accesses: 50_000 },
     };
-    let missed = dispatch(effort) + threads::table(effort) + registering::table(effort);
+    let mut missed = virtio::table(effort);
+    if !std::env::args().any(|argument| argument == "--registers") {
+        missed += dispatch(effort) + threads::table(effort) + registering::table(effort);
+    }
     println!("\n{missed} above target");
 }

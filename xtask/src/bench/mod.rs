@@ -14,7 +14,7 @@ mod rng;
 
 /// What can be measured.
 pub(crate) const NAMES: [(&str, &str); 4] = [
-    ("bus", "our buses beside a sorted array and rust-vmm's vm-device (2 minutes)"),
+    ("bus", "our buses and registers beside bare ones and rust-vmm's vm-device (2 minutes)"),
     ("rings", "our virtqueues beside a bare loop and rust-vmm's virtio-queue (5 minutes)"),
     ("daemon", "what a daemon costs beside its requests: start, memory, wake-ups (1 minute)"),
     ("rng", "our entropy daemon beside the floors and rust-vmm's vhost-device-rng (2 minutes)"),

@@ -1,5 +1,6 @@
 //! The configuration space of a device (virtio 1.4, section 2.5): bytes and a generation, shared by device, lanes and
 //! hosts, so that a host reads it without entering the device.
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// An access that the configuration space refuses.
@@ -19,18 +20,21 @@ pub enum ConfigError {
 
 struct Inner {
     bytes: Vec<u8>,
-    generation: u32,
     /// While the driver must see no change (3.4.2): what the device has made of the bytes.
     held: Option<Vec<u8>>,
 }
 
 /// Configuration bytes and the generation that tells a driver whether two reads belong together (2.5.2).
-pub struct ConfigSpace(Mutex<Inner>);
+pub struct ConfigSpace {
+    inner: Mutex<Inner>,
+    /// Changed under the lock only. Read without it: who looks before and after he reads bytes sees it move if they did.
+    generation: AtomicU32,
+}
 
 impl ConfigSpace {
     /// A space of these bytes, generation 0.
     pub fn new(bytes: Vec<u8>) -> Self {
-        ConfigSpace(Mutex::new(Inner { bytes, generation: 0, held: None }))
+        ConfigSpace { inner: Mutex::new(Inner { bytes, held: None }), generation: AtomicU32::new(0) }
     }
 
     /// A space without a single byte: the device type has no configuration.
@@ -40,7 +44,7 @@ impl ConfigSpace {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing that runs under this lock can panic half-way through a change.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Size in bytes.
@@ -54,8 +58,14 @@ impl ConfigSpace {
     }
 
     /// The current generation: changes with every change of the bytes.
+    #[inline]
     pub fn generation(&self) -> u32 {
-        self.lock().generation
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The bytes that readers see have changed; the lock is held.
+    fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Reads `data.len()` bytes at `offset` as one consistent view; bytes behind the end are zero, since hosts ask for
@@ -67,7 +77,7 @@ impl ConfigSpace {
         let (head, tail) = data.split_at_mut(n);
         head.copy_from_slice(&known[..n]);
         tail.fill(0);
-        inner.generation
+        self.generation()
     }
 
     /// Changes bytes; the generation moves if they differ. Returns whether they did. While the device is suspended by its
@@ -88,7 +98,7 @@ impl ConfigSpace {
         }
         slot.copy_from_slice(data);
         if !is_held {
-            inner.generation = inner.generation.wrapping_add(1);
+            self.changed();
         }
         Ok(true)
     }
@@ -96,12 +106,13 @@ impl ConfigSpace {
     /// For a snapshot: what the device has made of the bytes, and the generation that readers see.
     pub(crate) fn save(&self) -> (Vec<u8>, u32) {
         let inner = self.lock();
-        (inner.held.as_ref().unwrap_or(&inner.bytes).clone(), inner.generation)
+        (inner.held.as_ref().unwrap_or(&inner.bytes).clone(), self.generation())
     }
 
     /// The bytes are those of a saved device: a driver that has read some of them goes on.
     pub(crate) fn set_generation(&self, generation: u32) {
-        self.lock().generation = generation;
+        let _inner = self.lock();
+        self.generation.store(generation, Ordering::SeqCst);
     }
 
     /// Readers see no change from here on (3.4.2).
@@ -118,7 +129,7 @@ impl ConfigSpace {
         match inner.held.take() {
             Some(held) if held != inner.bytes => {
                 inner.bytes = held;
-                inner.generation = inner.generation.wrapping_add(1);
+                self.changed();
                 true
             }
             _ => false,
@@ -140,6 +151,26 @@ mod tests {
         assert!(space.set(3, &[9]).unwrap());
         assert_ne!(space.read(0, &mut bytes), before);
         assert_eq!(bytes, [1, 2, 3, 9]);
+    }
+
+    #[test]
+    fn c2_5_2_reads_between_two_equal_generations_belong_together() {
+        let space = ConfigSpace::new(vec![0; 2]);
+        std::thread::scope(|scope| {
+            let device = scope.spawn(|| {
+                for value in (1..=255).cycle().take(20_000) {
+                    space.set(0, &[value; 2]).unwrap();
+                }
+            });
+            let mut bytes = [0; 2];
+            while !device.is_finished() {
+                let before = space.generation();
+                let (first, second) = bytes.split_at_mut(1);
+                space.read(0, first);
+                space.read(1, second);
+                assert!(bytes[0] == bytes[1] || space.generation() != before);
+            }
+        });
     }
 
     #[test]

@@ -283,6 +283,7 @@ impl<D: VirtioDevice> Engine<D> {
     }
 
     /// The configuration space.
+    #[inline]
     pub fn config(&self) -> &Arc<ConfigSpace> {
         &self.0.config
     }
@@ -327,6 +328,7 @@ impl<D: VirtioDevice> Engine<D> {
     }
 
     /// The status field.
+    #[inline]
     pub fn status(&self) -> Status {
         let status = self.0.shared.status();
         // 2.4.1: a driver that reads 0 goes on, so 0 means that the next write counts.

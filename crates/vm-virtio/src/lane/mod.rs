@@ -107,6 +107,7 @@ impl Shared {
         Shared { status, events, failures, upcalls, regions }
     }
 
+    #[inline]
     pub(crate) fn status(&self) -> Status {
         Status::from_bits_retain(self.status.load(Ordering::SeqCst))
     }

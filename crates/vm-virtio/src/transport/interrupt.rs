@@ -43,6 +43,7 @@ impl Events {
     }
 
     /// The events that are there.
+    #[inline]
     pub(super) fn pending(&self) -> u32 {
         self.word.load(Ordering::SeqCst) & EVENTS
     }
@@ -72,9 +73,16 @@ impl Events {
     }
 
     /// The driver has seen these events.
+    #[inline]
     pub(super) fn acknowledge(&self, events: u32) {
-        let before = self.word.fetch_and(!(events & EVENTS), Ordering::SeqCst);
-        if before & events & EVENTS != 0 {
+        // One that comes just now comes after this.
+        if self.pending() & events != 0 {
+            self.clear(events & EVENTS);
+        }
+    }
+
+    fn clear(&self, events: u32) {
+        if self.word.fetch_and(!events, Ordering::SeqCst) & events != 0 {
             // What is left is news for a line of the edge kind.
             self.settle();
         }

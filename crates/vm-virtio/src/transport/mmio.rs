@@ -107,6 +107,7 @@ impl<D: VirtioDevice> Mmio<D> {
     }
 
     /// The device's engine: memory, suspension and statistics are the VMM's business.
+    #[inline]
     pub fn engine(&self) -> &Engine<D> {
         self.registers.engine()
     }
@@ -177,15 +178,20 @@ impl<D: VirtioDevice> Mmio<D> {
     /// The driver reads `data.len()` bytes at `offset` from the beginning of the registers.
     #[inline]
     pub fn read(&self, offset: u64, data: &mut [u8]) {
+        match (<&mut [u8; 4]>::try_from(&mut *data), self.plain_register(offset)) {
+            (Ok(data), Some(value)) => *data = value.to_le_bytes(),
+            _ => self.read_other(offset, data),
+        }
+    }
+
+    /// Out of the way of [`Mmio::read`], which costs no more than what it does then.
+    #[inline(never)]
+    fn read_other(&self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG_SPACE {
             return self.read_config(offset - CONFIG_SPACE, data);
         }
-        let value = match data.len() {
-            4 => self.register(offset),
-            _ => None,
-        };
-        match (value, data.first_chunk_mut()) {
-            (Some(value), Some(data)) => *data = value.to_le_bytes(),
+        match (<&mut [u8; 4]>::try_from(&mut *data), self.register(offset)) {
+            (Ok(data), Some(value)) => *data = value.to_le_bytes(),
             _ => {
                 data.fill(0);
                 self.registers.ignored.note();
@@ -196,6 +202,14 @@ impl<D: VirtioDevice> Mmio<D> {
     /// The driver writes `data` at `offset` from the beginning of the registers.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) {
+        match <[u8; 4]>::try_from(data) {
+            Ok(bytes) if self.set_plain_register(offset, u32::from_le_bytes(bytes)) => {}
+            _ => self.write_other(offset, data),
+        }
+    }
+
+    #[inline(never)]
+    fn write_other(&self, offset: u64, data: &[u8]) {
         if offset >= CONFIG_SPACE {
             return self.write_config(offset - CONFIG_SPACE, data);
         }
@@ -205,29 +219,53 @@ impl<D: VirtioDevice> Mmio<D> {
         }
     }
 
-    fn register(&self, offset: u64) -> Option<u32> {
-        let registers = &self.registers;
-        let queue = || self.selected.queue.load(Ordering::Relaxed);
+    /// Registers whose value is there without further ado, among them those that drivers read all the time.
+    #[inline]
+    fn plain_register(&self, offset: u64) -> Option<u32> {
         Some(match offset {
             0x000 => MAGIC,
             0x004 => VERSION,
             0x008 => self.device.0,
             0x00c => self.vendor,
+            0x060 => self.interrupt.0.pending(),
+            0x070 => u32::from(self.registers.status().bits()),
+            0x0fc => self.engine().config().generation(),
+            _ => return None,
+        })
+    }
+
+    /// The other ones.
+    fn register(&self, offset: u64) -> Option<u32> {
+        let registers = &self.registers;
+        let queue = || self.selected.queue.load(Ordering::Relaxed);
+        Some(match offset {
             0x010 => registers.device_features(self.selected.device_features.load(Ordering::Relaxed)),
             0x034 => u32::from(registers.queue_max(queue())),
             0x044 => u32::from(registers.is_ready(queue())),
-            0x060 => self.interrupt.0.pending(),
-            0x070 => u32::from(registers.status().bits()),
             0x0b0 => low(self.shared_memory().1),
             0x0b4 => high(self.shared_memory().1),
             0x0b8 => low(self.shared_memory().0),
             0x0bc => high(self.shared_memory().0),
             0x0c0 => u32::from(registers.is_queue_resetting(queue())),
-            0x0fc => registers.engine().config().generation(),
             _ => return None,
         })
     }
 
+    /// Registers that take a value without further ado, among them the acknowledgement of interrupts. False: it is another.
+    #[inline]
+    fn set_plain_register(&self, offset: u64, value: u32) -> bool {
+        match offset {
+            0x014 => self.selected.device_features.store(value, Ordering::Relaxed),
+            0x024 => self.selected.driver_features.store(value, Ordering::Relaxed),
+            0x030 => self.selected.queue.store(value, Ordering::Relaxed),
+            0x064 => self.interrupt.0.acknowledge(value),
+            0x0ac => self.selected.shared_memory.store(value, Ordering::Relaxed),
+            _ => return false,
+        }
+        true
+    }
+
+    /// The other ones.
     fn set_register(&self, offset: u64, value: u32) {
         let registers = &self.registers;
         let queue = self.selected.queue.load(Ordering::Relaxed);
@@ -238,13 +276,9 @@ impl<D: VirtioDevice> Mmio<D> {
             QUEUE_NOTIFY => {
                 registers.notify(value);
             }
-            0x064 => self.interrupt.0.acknowledge(value),
-            0x014 => self.selected.device_features.store(value, Ordering::Relaxed),
             0x020 => {
                 registers.set_driver_features(self.selected.driver_features.load(Ordering::Relaxed), value);
             }
-            0x024 => self.selected.driver_features.store(value, Ordering::Relaxed),
-            0x030 => self.selected.queue.store(value, Ordering::Relaxed),
             0x038 => set_queue(|queue, value| queue.size = value),
             0x044 => match value {
                 0 => registers.disable(queue),
@@ -263,7 +297,6 @@ impl<D: VirtioDevice> Mmio<D> {
             0x094 => set_queue(|queue, value| set_high(&mut queue.driver, value)),
             0x0a0 => set_queue(|queue, value| set_low(&mut queue.device, value)),
             0x0a4 => set_queue(|queue, value| set_high(&mut queue.device, value)),
-            0x0ac => self.selected.shared_memory.store(value, Ordering::Relaxed),
             0x0c0 if value == 1 => registers.reset_queue(queue),
             _ => registers.ignored.note(),
         }

@@ -260,6 +260,7 @@ impl<D: VirtioDevice> Registers<D> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[inline]
     pub(super) fn engine(&self) -> &Engine<D> {
         &self.engine
     }
@@ -297,6 +298,7 @@ impl<D: VirtioDevice> Registers<D> {
     }
 
     /// The status field (2.1).
+    #[inline]
     pub(super) fn status(&self) -> Status {
         self.engine.status()
     }

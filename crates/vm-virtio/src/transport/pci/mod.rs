@@ -8,7 +8,7 @@
 //! behind  device-specific configuration (4.1.4.6), at the next page
 //! ```
 //!
-//! [`function`] (cargo feature `vm-device`) puts all that on a bus of `vm_device::pci`. Nothing else in here knows a PCI bus: the VMM gives accesses of the BAR ([`Pci::read`], [`Pci::write`]) and of the window in
+//! `pci::function` (cargo feature `vm-device`) puts all that on a bus of `vm_device::pci`. Nothing else in here knows a PCI bus: the VMM gives accesses of the BAR ([`Pci::read`], [`Pci::write`]) and of the window in
 //! configuration space ([`Pci::window_read`]), puts the [capabilities](Pci::capabilities) into configuration space, and carries
 //! interrupts ([`FunctionInterrupts`]).
 //!

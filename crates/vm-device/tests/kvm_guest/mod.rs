@@ -34,7 +34,7 @@ pub(crate) const RESULTS: u64 = 0x500;
 const RAM: u64 = 640 << 10;
 const STACK: u64 = 0x8000;
 /// Longer than any program takes.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// All of 4 GiB.
 const FLAT: kvm_segment = kvm_segment {

@@ -124,11 +124,14 @@ impl IrqSource {
         self.set(false);
     }
 
-    /// One interrupt of an edge-triggered line. On a level-triggered one it is one, too, but one that a guest may find to
-    /// be nobody's.
+    /// One interrupt of an edge-triggered line, also while this source is asserted, which does not change. On a
+    /// level-triggered one it is one, too, but one that a guest may find to be nobody's. Never blocks.
+    ///
+    /// Any number of threads may do this at once. It does not go through what is [asserted](Self::is_asserted): the guest
+    /// can have answered one pulse, and another thread begun the next one for that, before the first thread has deasserted,
+    /// and then the second would be no edge.
     pub fn pulse(&self) {
-        self.set(true);
-        self.set(false);
+        self.wire.trigger.signal();
     }
 
     /// Whether this source is asserted.
@@ -173,6 +176,20 @@ mod tests {
         assert!(line.trigger().take());
         assert!(!a.is_asserted() && b.is_asserted());
         assert!(!line.resampled(), "nothing to end");
+    }
+
+    #[test]
+    fn a_pulse_is_an_interrupt_wherever_another_threads_pulse_is() {
+        for mode in [Trigger::Edge, Trigger::Level] {
+            let line = IrqLine::new(mode).unwrap();
+            let source = line.source();
+            // Half of a pulse, as a thread leaves it that loses its processor there; the guest has its interrupt already.
+            source.assert();
+            assert!(line.trigger().take());
+            source.pulse();
+            assert!(line.trigger().take(), "{mode:?}: the other one");
+            assert!(source.is_asserted(), "{mode:?}: what the device wants is not the pulse's business");
+        }
     }
 
     #[test]

@@ -2,10 +2,14 @@
 //! answered, and a back-end that ends or falls silent is an error and no hang.
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use virtio_testkit::load::{Entropy, LoadError, LoadOptions, LoadSession, Requests, Target};
+use virtio_testkit::load::{
+    Access, BlockRequests, Disk, Entropy, LoadError, LoadOptions, LoadSession, Requests, Target,
+};
 use virtio_testkit::{Buf, RingLayout, TestRam};
 use vm_memory::VolatileSlice;
 use vm_virtio::Features;
@@ -17,9 +21,17 @@ struct Floor(Child);
 
 impl Floor {
     fn start(name: &str) -> (Floor, UnixStream) {
+        Floor::with(&[name])
+    }
+
+    fn on(file: &Path) -> (Floor, UnixStream) {
+        Floor::with(&["floor-preadv", "--poll-us", "20", "--file", file.to_str().unwrap()])
+    }
+
+    fn with(arguments: &[&str]) -> (Floor, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let stdin = Stdio::from(OwnedFd::from(theirs));
-        (Floor(Command::new(PROBE).args(["floor", name]).stdin(stdin).spawn().unwrap()), ours)
+        (Floor(Command::new(PROBE).arg("floor").args(arguments).stdin(stdin).spawn().unwrap()), ours)
     }
 
     fn signal(&self, signal: &str) {
@@ -47,8 +59,8 @@ impl Requests for Three {
         assert_eq!(buffers.iter().map(VolatileSlice::len).collect::<Vec<_>>(), [16, 512, 8]);
     }
 
-    fn check(&mut self, _slot: usize, written: u32, _buffers: &[VolatileSlice<'_>]) -> Result<(), String> {
-        if written == 520 { Ok(()) } else { Err(format!("{written} bytes")) }
+    fn check(&mut self, _slot: usize, written: u32, _buffers: &[VolatileSlice<'_>]) -> Result<u64, String> {
+        if written == 520 { Ok(520) } else { Err(format!("{written} bytes")) }
     }
 }
 
@@ -69,7 +81,7 @@ fn every_kind_of_ring_is_loaded_at_every_depth() {
                 let target = Target::Connected(socket, floor.0.id());
                 let options =
                     LoadOptions { layout, depth, queue_size: 64, without, ..LoadOptions::default() };
-                let mut session = LoadSession::open(target, &ram, options, Three).unwrap();
+                let mut session = LoadSession::open(target, &ram, options, vec![(0, Three)]).unwrap();
                 assert_eq!(session.features() & without, Features::empty());
                 for _ in 0..2 {
                     let round = session.round(SHORT).unwrap();
@@ -90,7 +102,7 @@ fn random_bytes_are_checked() {
     let (floor, socket) = Floor::start("floor-getrandom");
     let target = Target::Connected(socket, floor.0.id());
     let options = LoadOptions { depth: 4, ..LoadOptions::default() };
-    let mut session = LoadSession::open(target, &ram, options, Entropy::new(64)).unwrap();
+    let mut session = LoadSession::open(target, &ram, options, vec![(0, Entropy::new(64))]).unwrap();
     let round = session.round(SHORT).unwrap();
     assert_eq!(round.bytes, 64 * round.requests);
 }
@@ -103,7 +115,7 @@ fn a_back_end_that_ends_or_falls_silent_is_an_error() {
     for (signal, silent) in [("-STOP", true), ("-KILL", false)] {
         let (floor, socket) = Floor::start("floor-getrandom");
         let target = Target::Connected(socket, floor.0.id());
-        let mut session = LoadSession::open(target, &ram, options, Entropy::new(64)).unwrap();
+        let mut session = LoadSession::open(target, &ram, options, vec![(0, Entropy::new(64))]).unwrap();
         session.round(SHORT).unwrap();
         floor.signal(signal);
         // It may die while its figures are read.
@@ -122,10 +134,82 @@ fn more_requests_than_the_ring_has_room_for_are_refused() {
     let target = Target::Connected(socket, floor.0.id());
     let without = Features::INDIRECT_DESC;
     let options = LoadOptions { depth: 22, queue_size: 64, without, ..LoadOptions::default() };
-    match LoadSession::open(target, &ram, options, Three).err() {
+    match LoadSession::open(target, &ram, options, vec![(0, Three)]).err() {
         Some(LoadError::Depth { depth: 22, each: 3, size: 64 }) => {}
         other => panic!("{other:?}"),
     }
+}
+
+const MIB: u64 = 1 << 20;
+
+/// Queues of one disk, each with its part of it.
+fn blocks(access: Access, size: u32, disk: &Arc<Disk>, queues: u16) -> Vec<(u16, BlockRequests)> {
+    (0..queues)
+        .map(|queue| (queue, BlockRequests::new(access, size, Some(Arc::clone(disk)), (queue, queues))))
+        .collect()
+}
+
+#[test]
+fn disks_are_read_and_written_with_every_access_over_several_queues() {
+    let folder = Folder::new("disks");
+    let disk = Arc::new(Disk::make(Path::new(&folder.path("disk")), 4 * MIB).unwrap());
+    for layout in RingLayout::ALL {
+        for access in Access::ALL {
+            for (queues, depth, size) in [(1, 1, 4096), (2, 8, 4096), (4, 3, 128 << 10)] {
+                let ram = TestRam::spread(2, 16 * MIB);
+                let (floor, socket) = Floor::on(disk.path());
+                let target = Target::Connected(socket, floor.0.id());
+                let options = LoadOptions { layout, depth, queues, ..LoadOptions::default() };
+                let loads = blocks(access, size, &disk, queues);
+                let mut session = LoadSession::open(target, &ram, options, loads).unwrap();
+                for _ in 0..2 {
+                    let round = session.round(SHORT).unwrap();
+                    assert!(round.requests >= u64::from(depth * queues), "{layout:?} {access:?}: {round:?}");
+                    assert_eq!(round.bytes, round.requests * u64::from(size));
+                }
+                session.verify().unwrap();
+                assert!(session.resident_kib().unwrap() > 0);
+                ram.check_guards().unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_contents_and_lost_writes_are_found() {
+    let folder = Folder::new("wrong");
+    let disk = Arc::new(Disk::make(Path::new(&folder.path("disk")), MIB).unwrap());
+    let options = LoadOptions { depth: 4, ..LoadOptions::default() };
+    let open = |ram, access, file: &Path| {
+        let (floor, socket) = Floor::on(file);
+        let target = Target::Connected(socket, floor.0.id());
+        (LoadSession::open(target, ram, options, blocks(access, 4096, &disk, 1)).unwrap(), floor)
+    };
+    let ram = TestRam::spread(2, MIB);
+    // Each back-end has another file than is looked at: an empty one, and one that takes the writes.
+    let other = folder.path("other");
+    std::fs::write(&other, vec![0; MIB as usize]).unwrap();
+    let (mut session, _floor) = open(&ram, Access::RandomRead, Path::new(&other));
+    assert!(matches!(session.round(SHORT), Err(LoadError::Answer(what)) if what.contains("other contents")));
+    let (mut session, _floor) = open(&ram, Access::RandomWrite, Path::new(&other));
+    session.round(SHORT).unwrap();
+    assert!(matches!(session.verify(), Err(LoadError::Answer(what)) if what.contains("is lost")));
+    // A status that was not written.
+    let (floor, socket) = Floor::start("floor-ring");
+    let target = Target::Connected(socket, floor.0.id());
+    let loads = blocks(Access::RandomWrite, 4096, &disk, 1);
+    let mut session = LoadSession::open(target, &ram, options, loads).unwrap();
+    assert!(matches!(session.round(SHORT), Err(LoadError::Answer(what)) if what.contains("status")));
+}
+
+#[test]
+fn more_queues_than_there_are_is_not_offered() {
+    let ram = TestRam::spread(2, MIB);
+    let (floor, socket) = Floor::start("floor-status");
+    let target = Target::Connected(socket, floor.0.id());
+    let options = LoadOptions { queues: 17, ..LoadOptions::default() };
+    let session = LoadSession::open(target, &ram, options, vec![(0, Entropy::new(64))]);
+    assert!(matches!(session.err(), Some(LoadError::NotOffered(_))));
 }
 
 fn bench(arguments: &[&str]) -> Output {
@@ -165,7 +249,7 @@ fn floors_are_in_the_table_the_json_and_the_plot_and_a_failed_back_end_is_named(
     let output = bench(&[&named, "--json", &json, "--svg", &svg]);
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(!output.status.success());
-    assert!(table.contains("split, same CPU, depth 2, 64 bytes"), "{table}");
+    assert!(table.contains("read, split, same CPU, depth 2, 64 bytes"), "{table}");
     assert!(table.contains("packed, same CPU, depth 2, 64 bytes"), "{table}");
     assert!(
         table.contains("floor-getrandom") && table.contains("bad<1>") && table.contains("FAILED"),
@@ -195,4 +279,35 @@ fn a_back_end_that_does_not_start_is_named() {
     assert_eq!(table.matches("FAILED").count(), 2, "{table}");
     let output = bench(&["--spawn", "nosocket=true"]);
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn images_are_made_for_commands_that_name_one_and_only_they_are_written_to() {
+    let folder = Folder::new("images");
+    let json = folder.path("out.json");
+    let blk = ["--device", "blk", "--load", "randread,randwrite", "--queues", "1,2", "--layout", "split"];
+    let own = ["--disk-dir", folder.0.to_str().unwrap(), "--disk-mib", "1", "--json", &json];
+    // Any program that stays will do to see its words: it makes no socket.
+    let see = format!("see=touch {}/saw{{queues}} {{disk}}.seen {{}}.no", folder.0.display());
+    let output = bench(&[&blk[..], &own, &["--spawn", &see]].concat());
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("floor-preadv"), "{table}");
+    assert!(table.contains("randwrite, split, same CPU, 2 queues, depth 2, 4096 bytes"), "{table}");
+    let names: Vec<String> = std::fs::read_dir(&folder.0)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(names.iter().any(|name| name == "saw2"), "{names:?}");
+    // One for each contender for all cases, gone at the end.
+    assert_eq!(names.iter().filter(|name| name.ends_with(".seen")).count(), 1, "{names:?}");
+    assert!(!names.iter().any(|name| name.ends_with("-0") || name.ends_with("-1")), "{names:?}");
+    let report: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    assert_eq!(report["cases"][3]["load"], "randwrite");
+    assert_eq!(report["cases"][3]["queues"], 2);
+    // A disk of somebody else's is not written to.
+    let missing = folder.path("nobody.sock");
+    let output = bench(&["--device", "blk", "--load", "write", "--layout", "split", &missing]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("floor-status") && table.contains("--overwrite"), "{table}");
+    assert_eq!(bench(&["--device", "blk", "--load", "nonsense", &missing]).status.code(), Some(2));
 }

@@ -44,7 +44,7 @@ pub struct VhostUserOptions {
     pub negotiate_protocol: bool,
     /// Entries of each ring.
     pub queue_size: u16,
-    /// Number of rings; none: as many as the back-end has.
+    /// Most rings to set up; none: as many as the back-end has.
     pub queues: Option<u32>,
     /// The guest's memory.
     pub ram: TestRam,
@@ -211,7 +211,7 @@ impl VhostUserDriver {
             self.endpoint.set_backend_req_fd(other.as_fd())?;
             self.backend_requests = Some(listener);
         }
-        let queues = self.options.queues.unwrap_or(queues);
+        let queues = self.options.queues.map_or(queues, |most| most.min(queues));
         while (self.lines.len() as u32) < queues {
             let (layout, size) = (self.options.layout, self.options.queue_size);
             self.lines.push(Line {
@@ -517,6 +517,11 @@ impl VhostUserDriver {
     /// Guest memory.
     pub fn ram(&self) -> &TestRam {
         &self.options.ram
+    }
+
+    /// How many rings were set up.
+    pub fn queues(&self) -> usize {
+        self.lines.len()
     }
 
     /// The driver's side of a queue.

@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 use virtio_testkit::load::floor::{self, Floor};
 use virtio_testkit::load::{LoadError, Target};
 
+use super::device::{Setting, Who};
+use super::{Arguments, Case};
+
 /// A back-end and what it is called.
 #[derive(Clone, Debug)]
 pub(crate) struct Backend {
@@ -40,8 +43,7 @@ impl FromStr for Backend {
 #[derive(Clone, Debug)]
 pub(crate) struct Spawned {
     name: String,
-    program: String,
-    arguments: Vec<String>,
+    command: String,
 }
 
 impl FromStr for Spawned {
@@ -52,16 +54,14 @@ impl FromStr for Spawned {
         if !command.contains("{}") {
             return Err("say with {} where the command wants its socket");
         }
-        let mut words = command.split_whitespace().map(str::to_owned);
-        let program = words.next().unwrap_or_default();
-        Ok(Spawned { name: name.to_owned(), program, arguments: words.collect() })
+        Ok(Spawned { name: name.to_owned(), command: command.to_owned() })
     }
 }
 
 /// Who is measured.
 #[derive(Clone, Debug)]
 pub(crate) enum Contender {
-    Floor(Floor),
+    Floor(&'static str),
     Backend(Backend),
     Spawned(Spawned),
 }
@@ -87,13 +87,23 @@ impl Drop for Running {
 const START: Duration = Duration::from_secs(5);
 
 impl Spawned {
-    /// Starts it and waits for its socket.
-    fn start(&self, number: usize) -> io::Result<(Running, PathBuf)> {
+    pub(super) fn command(&self) -> &str {
+        &self.command
+    }
+
+    /// Starts it and waits for its socket. `words` are what stands for what.
+    fn start(&self, number: usize, words: &[(&str, String)]) -> io::Result<(Running, PathBuf)> {
         let folder = std::env::temp_dir().join(format!("vhost-probe-{}-{number}", std::process::id()));
         fs::create_dir(&folder)?;
         let socket = folder.join("socket");
-        let mut command = Command::new(&self.program);
-        command.args(self.arguments.iter().map(|argument| argument.replace("{}", &socket.to_string_lossy())));
+        let put = |word: &str| {
+            let word = word.replace("{}", &socket.to_string_lossy());
+            words.iter().fold(word, |word, (name, value)| word.replace(name, value))
+        };
+        let mut arguments = self.command.split_whitespace().map(put);
+        let program = arguments.next().unwrap_or_default();
+        let mut command = Command::new(&program);
+        command.args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().inspect_err(|_| drop(fs::remove_dir(&folder)))?;
         let mut running = Running { child, folder: Some(folder.clone()) };
@@ -105,10 +115,10 @@ impl Spawned {
                 return Ok((running, socket.clone()));
             }
             if let Some(status) = running.child.try_wait()? {
-                return Err(io::Error::other(format!("{} ended before it listened: {status}", self.program)));
+                return Err(io::Error::other(format!("{program} ended before it listened: {status}")));
             }
             if Instant::now() > deadline {
-                return Err(io::Error::other(format!("{} made no socket within {START:?}", self.program)));
+                return Err(io::Error::other(format!("{program} made no socket within {START:?}")));
             }
             thread::sleep(Duration::from_millis(2));
         }
@@ -116,33 +126,49 @@ impl Spawned {
 }
 
 impl Contender {
-    pub(crate) fn floors() -> impl Iterator<Item = Contender> {
-        Floor::ALL.into_iter().map(Contender::Floor)
-    }
-
     pub(crate) fn name(&self) -> String {
         match self {
-            Contender::Floor(floor) => floor.name().to_owned(),
+            Contender::Floor(name) => (*name).to_owned(),
             Contender::Backend(backend) => backend.name.clone(),
             Contender::Spawned(spawned) => spawned.name.clone(),
         }
     }
 
+    pub(super) fn who(&self) -> Who<'_> {
+        match self {
+            Contender::Floor(name) => Who::Floor(name),
+            Contender::Backend(_) => Who::Running,
+            Contender::Spawned(spawned) => Who::Command(&spawned.command),
+        }
+    }
+
     /// Where to connect to. What is started for it is added to `processes`.
-    pub(crate) fn target(&self, processes: &mut Vec<Running>) -> Result<Target, LoadError> {
+    pub(super) fn target(
+        &self,
+        case: &Case,
+        arguments: &Arguments,
+        setting: &Setting,
+        processes: &mut Vec<Running>,
+    ) -> Result<Target, LoadError> {
         match self {
             Contender::Backend(backend) => Ok(Target::Path(backend.path.clone())),
             Contender::Spawned(spawned) => {
                 let failed = |error| LoadError::System("starting the back-end", error);
-                let (running, socket) = spawned.start(processes.len()).map_err(failed)?;
+                let mut words = setting.words.clone();
+                words.push(("{queues}", case.queues.to_string()));
+                let (running, socket) = spawned.start(processes.len(), &words).map_err(failed)?;
                 processes.push(running);
                 Ok(Target::Path(socket))
             }
-            Contender::Floor(floor) => {
+            Contender::Floor(name) => {
                 let failed = |error| LoadError::System("starting a floor", error);
                 let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-                let child = Command::new(std::env::current_exe().map_err(failed)?)
-                    .args(["floor", floor.name()])
+                let mut command = Command::new(std::env::current_exe().map_err(failed)?);
+                command.args(["floor", name, "--poll-us", &arguments.floor_poll_us.to_string()]);
+                if let Some(Floor::File(path)) = &setting.floor {
+                    command.arg("--file").arg(path);
+                }
+                let child = command
                     .stdin(Stdio::from(OwnedFd::from(theirs)))
                     .stdout(Stdio::null())
                     .spawn()
@@ -158,20 +184,24 @@ impl Contender {
 /// Be a floor: the front-end is standard input
 #[derive(Debug, clap::Args)]
 pub(crate) struct FloorArguments {
-    #[arg(value_parser = by_name)]
-    floor: Floor,
-}
-
-fn by_name(name: &str) -> Result<Floor, String> {
-    Floor::ALL.into_iter().find(|floor| floor.name() == name).ok_or_else(|| "no such floor".to_owned())
+    name: String,
+    #[arg(long)]
+    file: Option<PathBuf>,
+    #[arg(long, default_value = "0")]
+    poll_us: u64,
 }
 
 pub(crate) fn serve_floor(arguments: &FloorArguments) -> ExitCode {
+    let Some(floor) = Floor::by_name(&arguments.name, arguments.file.clone()) else {
+        eprintln!("{}: no such floor", arguments.name);
+        return ExitCode::from(2);
+    };
     let socket = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned().map(UnixStream::from);
-    match socket.and_then(|socket| floor::serve(socket, arguments.floor)) {
+    let poll = Duration::from_micros(arguments.poll_us);
+    match socket.and_then(|socket| floor::serve(socket, floor, poll)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}: {error}", arguments.floor.name());
+            eprintln!("{}: {error}", arguments.name);
             ExitCode::FAILURE
         }
     }

@@ -6,22 +6,25 @@ use std::fmt::Write;
 
 use serde::Serialize;
 use virtio_testkit::RingLayout;
-use virtio_testkit::load::floor::Floor;
 use virtio_testkit::load::{Histogram, LoadError, Placement, Round};
 
 /// What was asked of everybody.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
+    pub(crate) kind: String,
     pub(crate) layout: RingLayout,
     pub(crate) placement: Placement,
+    pub(crate) queues: u16,
     pub(crate) depth: u16,
     pub(crate) size: u32,
 }
 
 impl Case {
     pub(crate) fn title(&self) -> String {
-        let Case { layout, placement, depth, size } = self;
-        format!("{}, {}, depth {depth}, {size} bytes", layout_name(*layout), placement_name(*placement))
+        let Case { kind, layout, placement, queues, depth, size } = self;
+        let (layout, placement) = (layout_name(*layout), placement_name(*placement));
+        let queues = if *queues == 1 { String::new() } else { format!("{queues} queues, ") };
+        format!("{kind}, {layout}, {placement}, {queues}depth {depth}, {size} bytes")
     }
 }
 
@@ -41,23 +44,25 @@ fn placement_name(placement: Placement) -> &'static str {
 
 /// How one contender did in a case.
 pub(crate) enum Outcome {
-    Measured(Vec<Round>),
+    /// The rounds, and the resident memory at the end in KiB.
+    Measured(Vec<Round>, u64),
     NotOffered(String),
     Failed(String),
 }
 
 impl Outcome {
-    pub(crate) fn new(error: Option<LoadError>, rounds: Vec<Round>) -> Outcome {
-        match error {
-            None => Outcome::Measured(rounds),
-            Some(error @ LoadError::NotOffered(_)) => Outcome::NotOffered(error.to_string()),
-            Some(error) => Outcome::Failed(error.to_string()),
+    /// `ended`: the resident memory, in KiB.
+    pub(crate) fn new(ended: Result<u64, LoadError>, rounds: Vec<Round>) -> Outcome {
+        match ended {
+            Ok(resident) => Outcome::Measured(rounds, resident),
+            Err(error @ LoadError::NotOffered(_)) => Outcome::NotOffered(error.to_string()),
+            Err(error) => Outcome::Failed(error.to_string()),
         }
     }
 
     fn rounds(&self) -> &[Round] {
         match self {
-            Outcome::Measured(rounds) => rounds,
+            Outcome::Measured(rounds, _) => rounds,
             _ => &[],
         }
     }
@@ -102,12 +107,14 @@ pub(crate) struct Figures {
 pub(crate) struct Measured {
     pub(crate) requests_per_second: Spread,
     pub(crate) megabytes_per_second: Spread,
-    /// Time of a request beside that of the floor with a system call: 1.10 is ten percent more.
+    /// Time of a request beside that of the floor: 1.10 is ten percent more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) time_to_floor: Option<Spread>,
     pub(crate) backend_cpu_us_per_request: Spread,
     pub(crate) kicks_per_request: f64,
     pub(crate) interrupts_per_request: f64,
+    /// Of the back-end at the end, without the guest's memory.
+    pub(crate) resident_kib: u64,
     pub(crate) requests: u64,
     pub(crate) latency_us: Latency,
     /// Smallest latency of each bucket in nanoseconds, and how many requests were in it.
@@ -126,8 +133,10 @@ pub(crate) struct Latency {
 #[derive(Serialize)]
 pub(crate) struct CaseFigures {
     pub(crate) case: String,
+    load: String,
     layout: &'static str,
     placement: &'static str,
+    queues: u16,
     depth: u16,
     size: u32,
     pub(crate) contenders: Vec<Figures>,
@@ -141,26 +150,31 @@ pub(crate) struct Report {
     pub(crate) cases: Vec<CaseFigures>,
     #[serde(skip)]
     names: Vec<String>,
+    /// The name of whom the others are compared with.
+    #[serde(skip)]
+    floor: &'static str,
     #[serde(skip)]
     all_stood: bool,
 }
 
 impl Report {
-    pub(crate) fn new(names: Vec<String>) -> Report {
-        Report { version: 1, cases: Vec::new(), names, all_stood: true }
+    pub(crate) fn new(names: Vec<String>, floor: &'static str) -> Report {
+        Report { version: 1, cases: Vec::new(), names, floor, all_stood: true }
     }
 
     pub(crate) fn add(&mut self, case: Case, outcomes: Vec<Outcome>) {
         self.all_stood &= !outcomes.iter().any(|outcome| matches!(outcome, Outcome::Failed(_)));
-        let floor = self.names.iter().position(|name| name == Floor::Random.name());
+        let floor = self.names.iter().position(|name| name == self.floor);
         let floor = floor.and_then(|at| outcomes.get(at)).map_or(&[][..], Outcome::rounds);
         let contenders = self.names.iter().zip(&outcomes);
         let contenders =
             contenders.map(|(name, outcome)| Figures::of(name.clone(), outcome, floor)).collect();
         self.cases.push(CaseFigures {
             case: case.title(),
+            load: case.kind,
             layout: layout_name(case.layout),
             placement: placement_name(case.placement),
+            queues: case.queues,
             depth: case.depth,
             size: case.size,
             contenders,
@@ -188,8 +202,8 @@ impl Report {
 impl Figures {
     fn of(name: String, outcome: &Outcome, floor: &[Round]) -> Figures {
         let error = match outcome {
-            Outcome::Measured(rounds) => {
-                let measured = Some(Measured::of(rounds, floor));
+            Outcome::Measured(rounds, resident_kib) => {
+                let measured = Some(Measured::of(rounds, floor, *resident_kib));
                 return Figures { name, error: None, measured };
             }
             Outcome::NotOffered(text) => text.clone(),
@@ -200,7 +214,7 @@ impl Figures {
 }
 
 impl Measured {
-    fn of(rounds: &[Round], floor: &[Round]) -> Measured {
+    fn of(rounds: &[Round], floor: &[Round], resident_kib: u64) -> Measured {
         let mut latency = Histogram::default();
         rounds.iter().for_each(|round| latency.merge(&round.latency));
         let us = |part: f64| latency.percentile(part).as_secs_f64() * 1e6;
@@ -216,6 +230,7 @@ impl Measured {
             backend_cpu_us_per_request: Spread::of(rounds.iter().map(Round::backend_us)),
             kicks_per_request: each(rounds.iter().map(|round| round.kicks).sum()),
             interrupts_per_request: each(rounds.iter().map(|round| round.interrupts).sum()),
+            resident_kib,
             requests,
             latency_us: Latency {
                 p50: us(0.5),
@@ -234,7 +249,7 @@ fn table(figures: &CaseFigures) -> String {
     let width = figures.contenders.iter().map(|c| c.name.len()).max().unwrap_or(0).max(10);
     let _ = writeln!(
         text,
-        "  {:width$} {:>9} {:>5} {:>8} {:>9} {:>7} {:>7} {:>8} {:>7} {:>7} {:>6} {:>6}",
+        "  {:width$} {:>9} {:>5} {:>8} {:>9} {:>7} {:>7} {:>8} {:>7} {:>7} {:>6} {:>6} {:>6}",
         "",
         "req/s",
         "+-%",
@@ -246,7 +261,8 @@ fn table(figures: &CaseFigures) -> String {
         "BE us",
         "BE +-%",
         "kicks",
-        "intrs"
+        "intrs",
+        "MiB"
     );
     for Figures { name, error, measured } in &figures.contenders {
         let Some(m) = measured else {
@@ -256,7 +272,7 @@ fn table(figures: &CaseFigures) -> String {
         let ratio = m.time_to_floor.map_or("-".to_owned(), |ratio| format!("{:.3}", ratio.median));
         let _ = writeln!(
             text,
-            "  {name:width$} {:>9.0} {:>5.1} {ratio:>8} {:>9.1} {:>7.1} {:>7.1} {:>8.1} {:>7.2} {:>7.1} {:>6.2} {:>6.2}",
+            "  {name:width$} {:>9.0} {:>5.1} {ratio:>8} {:>9.1} {:>7.1} {:>7.1} {:>8.1} {:>7.2} {:>7.1} {:>6.2} {:>6.2} {:>6.1}",
             m.requests_per_second.median,
             m.requests_per_second.percent(),
             m.megabytes_per_second.median,
@@ -267,6 +283,7 @@ fn table(figures: &CaseFigures) -> String {
             m.backend_cpu_us_per_request.percent(),
             m.kicks_per_request,
             m.interrupts_per_request,
+            m.resident_kib as f64 / 1024.0,
         );
     }
     text

@@ -33,8 +33,8 @@ pub enum PlacementError {
     /// Its CPUs cannot be chosen.
     #[error("cannot choose the CPU of process {0}: {1} (it has to run as the same user)")]
     Pin(u32, #[source] io::Error),
-    /// Its CPU time cannot be read.
-    #[error("cannot read the CPU time of process {0}: {1}")]
+    /// Its CPU time or memory cannot be read.
+    #[error("cannot read the CPU time or memory of process {0}: {1}")]
     Time(u32, #[source] io::Error),
 }
 
@@ -76,6 +76,18 @@ impl Process {
             sum += time.ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
         }
         Ok(Duration::from_nanos(sum))
+    }
+
+    /// Anonymous memory and pages of files that are mapped (the program itself); what is shared is the guest's.
+    pub(super) fn resident_kib(self) -> Result<u64, PlacementError> {
+        let failed = |error| PlacementError::Time(self.0, error);
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0)).map_err(failed)?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        let sum = field("RssAnon:").zip(field("RssFile:")).map(|(own, file)| own + file);
+        sum.ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))
     }
 }
 

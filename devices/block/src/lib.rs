@@ -209,7 +209,7 @@ impl Block {
             );
         }
         let config = Arc::new(ConfigSpace::new(told.bytes(capacity)));
-        let shared = Arc::new(Shared::new(image, options.read_only, block, config, capacity, options.limit));
+        let shared = Arc::new(Shared::new(image, config, &told, options.read_only, capacity, options.limit));
         shared.set_writeback(!options.write_through);
         let mut serial = [0; ID];
         serial.iter_mut().zip(options.serial.bytes()).for_each(|(to, from)| *to = from);

@@ -76,15 +76,18 @@ pub(crate) struct Terms {
     /// In sectors.
     pub(crate) capacity: u64,
     pub(crate) read_only: bool,
+    /// `write_zeroes_may_unmap`.
+    pub(crate) unmaps: bool,
     pub(crate) discard: bool,
     pub(crate) write_zeroes: bool,
 }
 
 impl Terms {
-    pub(crate) fn new(read_only: bool, negotiated: Features) -> Terms {
+    pub(crate) fn new(read_only: bool, unmaps: bool, negotiated: Features) -> Terms {
         Terms {
             capacity: 0,
             read_only,
+            unmaps,
             discard: negotiated.contains(feature::DISCARD),
             write_zeroes: negotiated.contains(feature::WRITE_ZEROES),
         }
@@ -175,7 +178,7 @@ fn ranges(mut data: Reader<'_>, terms: &Terms, flags: u32, longest: u32) -> Resu
             status = Err(Status::IoErr);
             continue;
         };
-        ranges.push(Range { offset, len, unmap: segment.flags.get() & UNMAP != 0 });
+        ranges.push(Range { offset, len, unmap: terms.unmaps && segment.flags.get() & UNMAP != 0 });
     }
     status.map(|()| ranges)
 }

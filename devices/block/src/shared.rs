@@ -7,11 +7,13 @@ use vm_virtio::ConfigSpace;
 use vm_virtio::limit::{Limiter, RateLimit};
 
 use crate::backend::Image;
-use crate::config;
+use crate::config::{self, Told};
 
 pub(crate) struct Shared {
     pub(crate) image: Arc<dyn Image>,
     pub(crate) read_only: bool,
+    /// Zeros may give ranges back to the storage.
+    pub(crate) unmaps: bool,
     /// Bytes of a block, as the driver is told.
     pub(crate) block: u32,
     pub(crate) config: Arc<ConfigSpace>,
@@ -26,16 +28,17 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(
         image: Arc<dyn Image>,
-        read_only: bool,
-        block: u32,
         config: Arc<ConfigSpace>,
+        told: &Told,
+        read_only: bool,
         capacity: u64,
         limit: Option<RateLimit>,
     ) -> Shared {
         Shared {
             image,
             read_only,
-            block,
+            unmaps: told.discard,
+            block: told.geometry.block,
             config,
             capacity: AtomicU64::new(capacity),
             writeback: AtomicBool::new(false),

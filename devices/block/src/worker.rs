@@ -74,7 +74,7 @@ impl BlockWorker {
     pub(crate) fn new(queue: u16, setup: Setup) -> BlockWorker {
         let Setup { shared, serial, aio, queue_size, write_through, pool } = setup;
         let io = Io::new(Arc::clone(&shared.image), aio, queue_size, pool);
-        let terms = Terms::new(shared.read_only, Features::empty());
+        let terms = Terms::new(shared.read_only, shared.unmaps, Features::empty());
         BlockWorker {
             queue,
             shared,
@@ -91,7 +91,7 @@ impl BlockWorker {
 
     /// Forgets the session. The period of the limit goes on.
     pub(crate) fn reset(&mut self) {
-        self.terms = Terms::new(self.shared.read_only, Features::empty());
+        self.terms = Terms::new(self.shared.read_only, self.shared.unmaps, Features::empty());
         self.cache = Cache::Through;
         self.held = false;
         self.give_up();
@@ -286,7 +286,7 @@ impl Worker for BlockWorker {
 
     fn activated(&mut self, session: &Session, _lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         let driver = session.features;
-        self.terms = Terms::new(self.shared.read_only, driver);
+        self.terms = Terms::new(self.shared.read_only, self.shared.unmaps, driver);
         self.cache = if driver.contains(feature::CONFIG_WCE) {
             Cache::Register
         } else if driver.contains(feature::FLUSH) && !self.write_through {
@@ -339,9 +339,10 @@ impl Worker for BlockWorker {
     }
 
     fn flush(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
-        self.io.flush();
-        // Some of it is done by now: in the same batch.
-        self.collect(lane);
+        while self.io.flush() {
+            // Answers of what is done by now belong to this turn. What is half done is queued again.
+            self.collect(lane);
+        }
         Ok(())
     }
 

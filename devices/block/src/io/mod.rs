@@ -231,11 +231,9 @@ impl Io {
         self.pool.as_mut()
     }
 
-    /// Hands what was collected to the kernel.
-    pub(crate) fn flush(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            ring.submit();
-        }
+    /// Hands what was collected to the kernel. Whether there was something: some of it may be done by now.
+    pub(crate) fn flush(&mut self) -> bool {
+        self.ring.as_mut().is_some_and(Ring::submit)
     }
 
     /// Whether something may have come back: without a system call.

@@ -95,18 +95,19 @@ impl Ring {
         false
     }
 
-    /// Hands all that is queued to the kernel, without waiting for any of it. What it does not take now (EAGAIN, EBUSY) stays
-    /// queued for the next time.
-    pub(super) fn submit(&mut self) {
+    /// Hands all that is queued to the kernel, without waiting for any of it. Whether there was something, and it was taken;
+    /// what the kernel does not take now (EAGAIN, EBUSY) stays queued for the next time.
+    pub(super) fn submit(&mut self) -> bool {
         if self.uring.submission().is_empty() {
-            return;
+            return false;
         }
         while let Err(error) = self.uring.submit() {
             if error.kind() != io::ErrorKind::Interrupted {
                 tracing::warn!(%error, "io_uring takes no requests for now");
-                return;
+                return false;
             }
         }
+        true
     }
 
     pub(super) fn has_news(&mut self) -> bool {
@@ -185,6 +186,10 @@ impl Drop for Ring {
     fn drop(&mut self) {
         self.cancel();
         while self.next().is_some() {}
+        if self.slots.iter().all(Option::is_none) {
+            // A ring is closed some time later; whoever opens the image next must not meet its locks.
+            let _ = self.uring.submitter().unregister_files();
+        }
         // The kernel may go on with the rest after the ring is closed.
         for slot in self.slots.drain(..).flatten() {
             std::mem::forget(slot);

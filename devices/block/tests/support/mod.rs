@@ -1,5 +1,8 @@
 //! What tests of the disk share: images in a directory of their own, the daemon, requests.
 #![allow(dead_code, reason = "each test binary uses what it needs")]
+pub(crate) mod memory;
+pub(crate) mod probe;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;

@@ -3,6 +3,7 @@
 //!
 //! Plain functions of a plain crate: `cargo test` replays the inputs in `corpus/` with any compiler, `cargo xtask fuzz` looks
 //! for new ones with libFuzzer (`libfuzzer/`, a workspace of its own).
+mod block;
 mod bus;
 mod bytes;
 mod daemon;
@@ -13,6 +14,7 @@ mod ring;
 mod transport;
 mod wire;
 
+pub use block::block;
 pub use bus::bus;
 pub use daemon::{control, session};
 pub use pci::pci;
@@ -25,7 +27,8 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
+    ("block", block),
     ("bus", bus),
     ("pci", pci),
     ("ring_split", ring_split),

@@ -2,9 +2,11 @@
 mod disk;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use vhost_device::{CommonArgs, EXIT_USAGE, Identity, LimitArgs};
-use virtio_block::{Aio, Block, Format, Options};
+use vhost_device::{CommonArgs, EXIT_FAILURE, EXIT_USAGE, Identity, LimitArgs};
+use virtio_block::{Aio, Block, Format, Image, OpenError, Options};
 
 use disk::{Disk, Switch, WriteCache};
 
@@ -12,6 +14,9 @@ const IDENTITY: Identity = Identity {
     capabilities: &["read-only", "blk-file"],
     ..Identity::new("vhost-device-block", "block", env!("CARGO_PKG_VERSION"))
 };
+
+/// How long an image that is locked is waited for.
+const LOCKED: Duration = Duration::from_secs(3);
 
 /// Gives guests disks (virtio block device) over vhost-user
 #[derive(clap::Parser)]
@@ -107,7 +112,7 @@ impl Args {
         self.limit.check(&self.common)?;
         let pool = Options::own_pool();
         let device = |(guest, disk): (u32, Disk)| -> Result<Block, Box<dyn std::error::Error>> {
-            let image = virtio_block::backend::open(&disk.path, disk.open)?;
+            let image = open(&disk)?;
             let options = Options {
                 read_only: disk.open.read_only,
                 serial: disk.serial,
@@ -127,13 +132,27 @@ impl Args {
     }
 }
 
+/// Opens the image of a disk. One that is locked is waited for a while: when a daemon was killed, its locks stay until the
+/// kernel is done with what it was writing, and until then nobody else may write.
+fn open(disk: &Disk) -> Result<Arc<dyn Image>, OpenError> {
+    let deadline = Instant::now() + LOCKED;
+    loop {
+        match virtio_block::backend::open(&disk.path, disk.open) {
+            Err(OpenError::Locked { .. }) if Instant::now() < deadline => std::thread::sleep(LOCKED / 100),
+            result => return result,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let mut args: Args = vhost_device::parse(&IDENTITY);
     let devices = match args.devices() {
         Ok(devices) => devices,
         Err(error) => {
             eprintln!("{}: {error}", IDENTITY.name);
-            return ExitCode::from(EXIT_USAGE);
+            // That somebody else has the image is no mistake of the command line.
+            let in_use = matches!(error.downcast_ref(), Some(OpenError::Locked { .. }));
+            return ExitCode::from(if in_use { EXIT_FAILURE } else { EXIT_USAGE });
         }
     };
     let mut devices = devices.into_iter();

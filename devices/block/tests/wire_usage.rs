@@ -119,3 +119,16 @@ fn one_read_only_disk_for_many_guests() {
         assert_eq!(ask(&mut driver, IN, 0, &[], 512).1, (0..512).map(pattern).collect::<Vec<_>>());
     }
 }
+
+#[test]
+fn an_image_that_another_daemon_has_is_not_given_away() {
+    let (directory, image) = image(8192);
+    let (socket, other) = (directory.join("block.sock"), directory.join("other.sock"));
+    let disk = ["--blk-file", image.to_str().unwrap()];
+    let _daemon = start(&socket, &disk);
+    let output = run(&[&["--socket-path", other.to_str().unwrap()], &disk[..]].concat());
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("used by another process") && text.contains("--lock off"), "{text}");
+    let _second = start(&other, &[&disk[..], &["--lock", "off"]].concat());
+}

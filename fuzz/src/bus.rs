@@ -16,8 +16,8 @@ struct Subject;
 impl Subject {
     fn answer(&self, data: &mut [u8]) {
         if data.len() == 13 {
-            // Without a word on the terminal.
-            std::panic::resume_unwind(Box::new("told to"));
+            // Without a word on the terminal, and of no size: what a device throws is never dropped, and leaks.
+            std::panic::resume_unwind(Box::new(()));
         }
         data.fill(0x11);
     }

@@ -1,6 +1,6 @@
 //! Dispatch in one process: our buses beside a bare sorted array and rust-vmm's `vm-device` 0.1.0, in one run.
 //!
-//! Also registers of virtio-mmio beside a bare `match`.
+//! Also registers of virtio beside a bare `match`.
 //!
 //! `cargo xtask bench bus`; `-- --quick`: short tables, to see that it runs; `-- --registers`, `--dispatch`, `--threads`,
 //! `--registering`: only these tables. All times but those of registration are the CPU time of the thread that accesses, so that

@@ -227,6 +227,9 @@ impl<D: VirtioDevice> Mmio<D> {
             0x004 => VERSION,
             0x008 => self.device.0,
             0x00c => self.vendor,
+            0x044 => {
+                u32::from(self.registers.glance(self.selected.queue.load(Ordering::Relaxed))?.is_ready())
+            }
             0x060 => self.interrupt.0.pending(),
             0x070 => u32::from(self.registers.status().bits()),
             0x0fc => self.engine().config().generation(),
@@ -241,12 +244,13 @@ impl<D: VirtioDevice> Mmio<D> {
         Some(match offset {
             0x010 => registers.device_features(self.selected.device_features.load(Ordering::Relaxed)),
             0x034 => u32::from(registers.queue_max(queue())),
-            0x044 => u32::from(registers.is_ready(queue())),
+            // Of a queue that ends.
+            0x044 => u32::from(registers.queue(queue()).is_ready()),
             0x0b0 => low(self.shared_memory().1),
             0x0b4 => high(self.shared_memory().1),
             0x0b8 => low(self.shared_memory().0),
             0x0bc => high(self.shared_memory().0),
-            0x0c0 => u32::from(registers.is_queue_resetting(queue())),
+            0x0c0 => u32::from(registers.queue(queue()).is_resetting()),
             _ => return None,
         })
     }

@@ -5,24 +5,27 @@
 //! * A queue's size and addresses may change between FEATURES_OK and its start, and while it is stopped.
 //! * What has to wait for a lane is waited for outside of the lock: a queue that ends is [`Phase::Ending`] meanwhile.
 //! * `epoch` counts resets: who waited while one came finds nothing of his own any more.
+//! * What the driver reads is read without the lock ([`slot`]).
 mod saved;
+mod slot;
 
 use crate::device::{HostEvent, HostEvents, Stop, VirtioDevice};
-use crate::engine::{Notification, QueueResetError};
-use crate::lane::{Call, EventFd, Interrupt, Kick, StartError, StopError};
+use crate::engine::Notification;
+use crate::lane::{Call, EventFd, Interrupt, Kick, StartError};
 use crate::{
     ConfigWriter, Engine, EngineError, EngineOptions, Features, GuestAddress, LaneRunner, QueueConfig,
     QueueStart, QueueState, Status, Ticket,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::BorrowedFd;
-use serde::{Deserialize, Serialize};
+use slot::{Ending, Phase, Shown, Slot};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use saved::TransportError;
+pub(super) use slot::{QueueRegisters, Seen};
 
 /// How long an access of a guest's CPU waits if the VMM does not say otherwise: a little longer than the engine needs to
 /// give up a backend that hangs ([`STOP_DEADLINE`](crate::engine::STOP_DEADLINE)).
@@ -112,84 +115,6 @@ impl HostEvents for Ear {
     }
 }
 
-/// The end of a queue that is under way. None: somebody waits for it just now.
-enum Ending {
-    Stop(Option<Ticket<Result<QueueState, StopError>>>),
-    Reset(Option<Ticket<Result<(), QueueResetError>>>),
-}
-
-impl Ending {
-    /// Whether it is over, waiting for as long as said.
-    fn over(&mut self, patience: Duration) -> bool {
-        // However it ended: the queue is stopped. What remained is in the status (NEEDS_RESET).
-        match self {
-            Ending::Stop(ticket) => ticket.as_mut().is_some_and(|ticket| ticket.wait_for(patience).is_some()),
-            Ending::Reset(ticket) => {
-                ticket.as_mut().is_some_and(|ticket| ticket.wait_for(patience).is_some())
-            }
-        }
-    }
-
-    fn is_reset(&self) -> bool {
-        matches!(self, Ending::Reset(_))
-    }
-
-    /// Leaves a sign that somebody waits.
-    fn take(&mut self) -> Ending {
-        match self {
-            Ending::Stop(ticket) => Ending::Stop(ticket.take()),
-            Ending::Reset(ticket) => Ending::Reset(ticket.take()),
-        }
-    }
-}
-
-enum Phase {
-    Off,
-    On,
-    Ending(Ending),
-}
-
-/// What the driver has set of one queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct QueueRegisters {
-    /// Entries; more than a queue can have is refused when it starts.
-    pub(super) size: u32,
-    pub(super) desc: u64,
-    pub(super) driver: u64,
-    pub(super) device: u64,
-}
-
-struct Slot {
-    max: u16,
-    registers: QueueRegisters,
-    phase: Phase,
-}
-
-impl Slot {
-    fn initial(max: u16) -> Slot {
-        let registers = QueueRegisters { size: u32::from(max), desc: 0, driver: 0, device: 0 };
-        Slot { max, registers, phase: Phase::Off }
-    }
-
-    /// Takes note of an end that has come.
-    fn poll(&mut self) {
-        if let Phase::Ending(ending) = &mut self.phase
-            && ending.over(Duration::ZERO)
-        {
-            self.ended();
-        }
-    }
-
-    fn ended(&mut self) {
-        let reset = matches!(&self.phase, Phase::Ending(ending) if ending.is_reset());
-        self.phase = Phase::Off;
-        if reset {
-            // 2.6.1: as if it had never been set up.
-            *self = Slot::initial(self.max);
-        }
-    }
-}
-
 struct State {
     /// What the driver has written of its features.
     driver: Features,
@@ -208,6 +133,9 @@ pub(super) struct Registers<D: VirtioDevice> {
     /// Whether notifications carry data, for paths without the lock.
     carries_data: AtomicBool,
     pub(super) ignored: Ignored,
+    /// What the driver reads of each queue.
+    shown: Vec<Arc<Shown>>,
+    no_queue: Shown,
     state: Mutex<State>,
 }
 
@@ -237,6 +165,7 @@ impl<D: VirtioDevice> Registers<D> {
                 }
             }
         };
+        let queues: Vec<Slot> = engine.queues().iter().map(|spec| Slot::new(spec.max_size)).collect();
         let registers = Registers {
             kicks: (0..count).map(kick).collect::<io::Result<_>>()?,
             calls: (0..).zip(engine.queues()).map(|(queue, _)| Some(call(queue))).collect(),
@@ -244,12 +173,9 @@ impl<D: VirtioDevice> Registers<D> {
             patience: options.patience,
             carries_data: AtomicBool::new(false),
             ignored: Ignored::default(),
-            state: Mutex::new(State {
-                driver: Features::empty(),
-                beyond: false,
-                queues: engine.queues().iter().map(|spec| Slot::initial(spec.max_size)).collect(),
-                epoch: 0,
-            }),
+            shown: queues.iter().map(Slot::shown).collect(),
+            no_queue: Shown::default(),
+            state: Mutex::new(State { driver: Features::empty(), beyond: false, queues, epoch: 0 }),
             engine,
         };
         Ok((registers, lanes))
@@ -338,7 +264,7 @@ impl<D: VirtioDevice> Registers<D> {
         let State { driver, beyond, queues, epoch } = &mut *state;
         *driver = Features::empty();
         *beyond = false;
-        queues.iter_mut().for_each(|slot| *slot = Slot::initial(slot.max));
+        queues.iter_mut().for_each(Slot::clear);
         *epoch += 1;
         self.carries_data.store(false, Ordering::SeqCst);
         drop(state);
@@ -359,17 +285,36 @@ impl<D: VirtioDevice> Registers<D> {
         spec.map_or(0, |spec| spec.max_size)
     }
 
-    /// What is set of a queue.
-    pub(super) fn queue(&self, queue: u32) -> Option<QueueRegisters> {
-        let mut state = self.lock();
-        Some(self.slot(&mut state, queue)?.registers)
+    /// A queue as the driver sees it, if that can be said without the lock.
+    #[inline]
+    pub(super) fn glance(&self, queue: u32) -> Option<Seen<'_>> {
+        Some(self.shown(queue).now()).filter(|seen| !seen.is_ending())
+    }
+
+    /// A queue as the driver sees it.
+    pub(super) fn queue(&self, queue: u32) -> Seen<'_> {
+        self.glance(queue).unwrap_or_else(|| {
+            // Takes note of an end that has come.
+            let _ = self.slot(&mut self.lock(), queue);
+            self.shown(queue).now()
+        })
+    }
+
+    #[inline]
+    fn shown(&self, queue: u32) -> &Shown {
+        let at = usize::try_from(queue).unwrap_or(usize::MAX);
+        self.shown.get(at).map_or(&self.no_queue, |shown| &**shown)
     }
 
     /// The driver changes what is set of a queue.
     pub(super) fn set_queue(&self, queue: u32, change: impl FnOnce(&mut QueueRegisters)) {
         let mut state = self.lock();
         match self.slot(&mut state, queue) {
-            Some(slot) if matches!(slot.phase, Phase::Off) && self.sets_up() => change(&mut slot.registers),
+            Some(slot) if slot.is_off() && self.sets_up() => {
+                let mut registers = slot.registers();
+                change(&mut registers);
+                slot.set_registers(registers);
+            }
             _ => self.ignored.note(),
         }
     }
@@ -380,19 +325,6 @@ impl<D: VirtioDevice> Registers<D> {
         Some(slot)
     }
 
-    /// Whether the queue is enabled: also while it is being stopped.
-    pub(super) fn is_ready(&self, queue: u32) -> bool {
-        let mut state = self.lock();
-        self.slot(&mut state, queue).is_some_and(|slot| !matches!(slot.phase, Phase::Off))
-    }
-
-    /// Whether the queue is being reset.
-    pub(super) fn is_queue_resetting(&self, queue: u32) -> bool {
-        let mut state = self.lock();
-        let slot = self.slot(&mut state, queue);
-        slot.is_some_and(|slot| matches!(&slot.phase, Phase::Ending(ending) if ending.is_reset()))
-    }
-
     /// The driver enables a queue: where and as large as was set. Returns whether it is enabled now.
     pub(super) fn enable(&self, queue: u32) -> bool {
         let mut state = self.lock();
@@ -401,11 +333,11 @@ impl<D: VirtioDevice> Registers<D> {
             self.ignored.note();
             return false;
         };
-        if !matches!(slot.phase, Phase::Off) || !self.sets_up() {
+        if !slot.is_off() || !self.sets_up() {
             self.ignored.note();
-            return matches!(slot.phase, Phase::On);
+            return slot.is_on();
         }
-        let QueueRegisters { size, desc, driver, device } = slot.registers;
+        let QueueRegisters { size, desc, driver, device } = slot.registers();
         let Ok(size) = u16::try_from(size) else {
             self.ignored.note();
             return false;
@@ -420,7 +352,7 @@ impl<D: VirtioDevice> Registers<D> {
         let number = queue as u16;
         let Ok(mut started) = self.start(number, config, None) else { return false };
         drop(self.engine.enable(number, true));
-        slot.phase = Phase::On;
+        slot.set_phase(Phase::On);
         drop(state);
         match started.wait_for(self.patience) {
             None | Some(Ok(())) => true,
@@ -428,9 +360,9 @@ impl<D: VirtioDevice> Registers<D> {
                 let mut state = self.lock();
                 if state.epoch == epoch
                     && let Some(slot) = self.slot(&mut state, queue)
-                    && matches!(slot.phase, Phase::On)
+                    && slot.is_on()
                 {
-                    slot.phase = Phase::Off;
+                    slot.set_phase(Phase::Off);
                 }
                 false
             }
@@ -457,12 +389,12 @@ impl<D: VirtioDevice> Registers<D> {
         let mut state = self.lock();
         let epoch = state.epoch;
         match self.slot(&mut state, queue) {
-            Some(slot) if matches!(slot.phase, Phase::On) && !self.engine.is_resetting() => {
+            Some(slot) if slot.is_on() && !self.engine.is_resetting() => {
                 let ticket = self.engine.stop(queue as u16, Stop::Discard, None);
-                slot.phase = Phase::Ending(Ending::Stop(Some(ticket)));
+                slot.set_phase(Phase::Ending(Ending::Stop(Some(ticket))));
             }
-            Some(slot) if matches!(slot.phase, Phase::Ending(Ending::Stop(_))) => {}
-            Some(slot) if matches!(slot.phase, Phase::Off) => return,
+            Some(slot) if slot.is_stopping() => {}
+            Some(slot) if slot.is_off() => return,
             _ => return self.ignored.note(),
         }
         drop(state);
@@ -475,9 +407,9 @@ impl<D: VirtioDevice> Registers<D> {
         let epoch = state.epoch;
         let negotiated = self.engine.driver_features().contains(Features::RING_RESET);
         match self.slot(&mut state, queue) {
-            Some(slot) if negotiated && self.sets_up() && !matches!(slot.phase, Phase::Ending(_)) => {
+            Some(slot) if negotiated && self.sets_up() && (slot.is_off() || slot.is_on()) => {
                 let ticket = self.engine.reset_queue(queue as u16);
-                slot.phase = Phase::Ending(Ending::Reset(Some(ticket)));
+                slot.set_phase(Phase::Ending(Ending::Reset(Some(ticket))));
             }
             _ => return self.ignored.note(),
         }
@@ -488,25 +420,14 @@ impl<D: VirtioDevice> Registers<D> {
     /// Waits for the end of a queue, outside of the lock.
     fn await_end(&self, queue: u32, epoch: u64) {
         let mut state = self.lock();
-        let Some(Slot { phase: Phase::Ending(ending), .. }) = self.slot(&mut state, queue) else { return };
-        let mut ending = ending.take();
+        let Some(mut ending) = self.slot(&mut state, queue).and_then(Slot::await_end) else { return };
         drop(state);
         let over = ending.over(self.patience);
         let mut state = self.lock();
-        if state.epoch != epoch {
-            return;
-        }
-        let Some(slot) = state.queues.get_mut(queue as usize) else { return };
-        if let Phase::Ending(now) = &mut slot.phase {
-            let waits = match &*now {
-                Ending::Stop(ticket) => ticket.is_none(),
-                Ending::Reset(ticket) => ticket.is_none(),
-            };
-            if over {
-                slot.ended();
-            } else if waits {
-                *now = ending;
-            }
+        if state.epoch == epoch
+            && let Some(slot) = state.queues.get_mut(queue as usize)
+        {
+            slot.awaited(ending, over);
         }
     }
 
@@ -535,7 +456,7 @@ impl<D: VirtioDevice> Registers<D> {
     /// The interrupt of a queue goes another way: whoever has its file has to hear of it.
     pub(super) fn renew_call(&self, queue: u32) {
         let mut state = self.lock();
-        let on = self.slot(&mut state, queue).is_some_and(|slot| matches!(slot.phase, Phase::On));
+        let on = self.slot(&mut state, queue).is_some_and(|slot| slot.is_on());
         if let (true, Ok(number)) = (on, u16::try_from(queue)) {
             let call = self.calls.get(usize::from(number)).cloned().flatten();
             drop(self.engine.set_call(number, call));

@@ -261,13 +261,13 @@ impl<D: VirtioDevice> Unit<'_, D> {
         }
         if size == 0 {
             self.registers.disable(queue);
-            return if self.registers.is_ready(queue) {
+            return if self.registers.queue(queue).is_ready() {
                 Reply::Check(EQUIPMENT_CHECK)
             } else {
                 Reply::Done(32)
             };
         }
-        if self.registers.is_ready(queue) {
+        if self.registers.queue(queue).is_ready() {
             return REJECT;
         }
         self.registers.set_queue(queue, |registers| {

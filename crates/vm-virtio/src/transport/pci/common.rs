@@ -2,113 +2,175 @@
 use super::Pci;
 use crate::device::VirtioDevice;
 use crate::transport::mmio::{set_high, set_low};
-use crate::transport::registers::QueueRegisters;
+use crate::transport::registers::{QueueRegisters, Seen};
 use crate::{Features, Status};
 use std::sync::atomic::Ordering;
 
 impl<D: VirtioDevice> Pci<D> {
+    #[inline]
     fn queue_select(&self) -> u32 {
         u32::from(self.selected.queue.load(Ordering::Relaxed))
+    }
+
+    /// The selected queue; without the lock there is none to see while it ends.
+    #[inline]
+    fn queue<const LOCK: bool>(&self) -> Option<Seen<'_>> {
+        let queue = self.queue_select();
+        if LOCK { Some(self.registers.queue(queue)) } else { self.registers.glance(queue) }
+    }
+
+    /// The selected queue, if it exists.
+    #[inline]
+    fn existing_queue(&self) -> Option<u16> {
+        let queue = self.selected.queue.load(Ordering::Relaxed);
+        (queue < self.queues).then_some(queue)
     }
 
     fn has(&self, feature: Features) -> bool {
         self.engine().driver_features().contains(feature)
     }
 
-    /// A field; `None` if there is none of that width.
-    pub(super) fn common(&self, offset: u64, width: usize) -> Option<u64> {
-        let registers = &self.registers;
-        let queue = self.queue_select();
-        let set = || registers.queue(queue).unwrap_or_default();
-        let exists = registers.queue_max(queue) != 0;
-        let area = |at: u64, of: fn(&QueueRegisters) -> u64| {
-            let value = of(&set());
-            match (offset - at, width) {
-                (0, 8) => Some(value),
-                (0, 4) => Some(value & u64::from(u32::MAX)),
-                (4, 4) => Some(value >> 32),
-                _ => None,
+    /// The driver reads a field. Whether there is one of that width; without `LOCK` those that take a lock are not.
+    #[inline]
+    pub(super) fn read_common<const LOCK: bool>(&self, offset: u64, data: &mut [u8]) -> bool {
+        let Some((value, width)) = self.field::<LOCK>(offset) else { return false };
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        match (width, data) {
+            (1, [one]) => *one = a,
+            (2, [one, two]) => (*one, *two) = (a, b),
+            // Also the lower half of an address.
+            (4 | 8, [one, two, three, four]) => (*one, *two, *three, *four) = (a, b, c, d),
+            (8, data @ [_, _, _, _, _, _, _, _]) => data.copy_from_slice(&[a, b, c, d, e, f, g, h]),
+            _ => return false,
+        }
+        true
+    }
+
+    /// Value and width of a field.
+    #[inline]
+    fn field<const LOCK: bool>(&self, offset: u64) -> Option<(u64, u8)> {
+        let selected = &self.selected;
+        Some(match offset {
+            0 => (selected.device_feature.load(Ordering::Relaxed).into(), 4),
+            4 => {
+                let word = selected.device_feature.load(Ordering::Relaxed);
+                (self.registers.device_features(word).into(), 4)
             }
-        };
-        Some(match (offset, width) {
-            (0, 4) => self.selected.device_feature.load(Ordering::Relaxed).into(),
-            (4, 4) => registers.device_features(self.selected.device_feature.load(Ordering::Relaxed)).into(),
-            (8, 4) => self.selected.driver_feature.load(Ordering::Relaxed).into(),
-            (12, 4) => registers.driver_features(self.selected.driver_feature.load(Ordering::Relaxed)).into(),
-            (16, 2) => self.signals.config_vector().into(),
-            (18, 2) => self.queues.into(),
-            (20, 1) => registers.status().bits().into(),
-            (21, 1) => self.lock().shown.into(),
-            (22, 2) => queue.into(),
+            8 => (selected.driver_feature.load(Ordering::Relaxed).into(), 4),
+            12 if LOCK => {
+                let word = selected.driver_feature.load(Ordering::Relaxed);
+                (self.registers.driver_features(word).into(), 4)
+            }
+            16 => (self.signals.config_vector().into(), 2),
+            18 => (self.queues.into(), 2),
+            20 => (self.registers.status().bits().into(), 1),
+            21 => (self.generation.get().shown.into(), 1),
+            22 => (self.queue_select().into(), 2),
             // What does not fit was not taken.
-            (24, 2) => set().size.into(),
-            (26, 2) => self.signals.queue_vector(queue).into(),
-            (28, 2) => u64::from(registers.is_ready(queue)),
-            (30, 2) => {
-                if exists {
-                    queue.into()
-                } else {
-                    0
-                }
-            }
-            (32..40, _) => return area(32, |queue| queue.desc),
-            (40..48, _) => return area(40, |queue| queue.driver),
-            (48..56, _) => return area(48, |queue| queue.device),
+            24 => (self.queue::<LOCK>()?.size().into(), 2),
+            26 => (self.signals.queue_vector(self.queue_select()).into(), 2),
+            28 => (self.queue::<LOCK>()?.is_ready().into(), 2),
             // The trivial case of 4.1.4.3: the index, since each queue has an address of its own.
-            (56, 2) => {
-                if exists && self.has(Features::NOTIF_CONFIG_DATA) {
-                    queue.into()
-                } else {
-                    0
-                }
+            30 => (self.existing_queue().unwrap_or_default().into(), 2),
+            32 => (self.queue::<LOCK>()?.desc(), 8),
+            36 => (self.queue::<LOCK>()?.desc() >> 32, 4),
+            40 => (self.queue::<LOCK>()?.driver(), 8),
+            44 => (self.queue::<LOCK>()?.driver() >> 32, 4),
+            48 => (self.queue::<LOCK>()?.device(), 8),
+            52 => (self.queue::<LOCK>()?.device() >> 32, 4),
+            56 if LOCK => {
+                let told = self.has(Features::NOTIF_CONFIG_DATA);
+                (self.existing_queue().filter(|_| told).unwrap_or_default().into(), 2)
             }
-            (58, 2) => u64::from(registers.is_queue_resetting(queue)),
+            58 => (self.queue::<LOCK>()?.is_resetting().into(), 2),
             // No administration virtqueues.
-            (60 | 62, 2) => 0,
+            60 | 62 => (0, 2),
             _ => return None,
         })
     }
 
-    /// The driver writes a field.
-    pub(super) fn set_common(&self, offset: u64, width: usize, value: u64) {
+    /// The driver writes a field that only selects. Whether it is one.
+    #[inline]
+    pub(super) fn select_common(&self, offset: u64, data: &[u8]) -> bool {
+        if let (22, Ok(data)) = (offset, data.try_into()) {
+            self.selected.queue.store(u16::from_le_bytes(data), Ordering::Relaxed);
+            return true;
+        }
+        let select = match offset {
+            0 => &self.selected.device_feature,
+            8 => &self.selected.driver_feature,
+            _ => return false,
+        };
+        let Ok(data) = data.try_into() else { return false };
+        select.store(u32::from_le_bytes(data), Ordering::Relaxed);
+        true
+    }
+
+    /// The driver writes another field.
+    pub(super) fn write_common(&self, offset: u64, data: &[u8]) {
         let registers = &self.registers;
         let queue = self.queue_select();
-        // As wide as the access.
-        let (low, short) = ((value & u64::from(u32::MAX)) as u32, (value & 0xffff) as u16);
-        let area = |at: u64, of: fn(&mut QueueRegisters) -> &mut u64| match (offset - at, width) {
-            (0, 8) => registers.set_queue(queue, |queue| *of(queue) = value),
-            (0, 4) => registers.set_queue(queue, |queue| set_low(of(queue), low)),
-            (4, 4) => registers.set_queue(queue, |queue| set_high(of(queue), low)),
-            _ => registers.ignored.note(),
+        let known = match *data {
+            [status] if offset == 20 => {
+                registers.set_status(Status::from_bits_retain(status));
+                true
+            }
+            [low, high] => self.set_field_16(offset, u16::from_le_bytes([low, high])),
+            [a, b, c, d] => self.set_field_32(offset, u32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                let value = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+                area(offset).is_some_and(|(area, half)| {
+                    half == 0 && {
+                        registers.set_queue(queue, |queue| *area(queue) = value);
+                        true
+                    }
+                })
+            }
+            _ => false,
         };
-        match (offset, width) {
-            (0, 4) => self.selected.device_feature.store(low, Ordering::Relaxed),
-            (8, 4) => self.selected.driver_feature.store(low, Ordering::Relaxed),
-            (12, 4) => {
-                registers.set_driver_features(self.selected.driver_feature.load(Ordering::Relaxed), low);
+        if !known {
+            registers.ignored.note();
+        }
+    }
+
+    fn set_field_16(&self, offset: u64, value: u16) -> bool {
+        let registers = &self.registers;
+        let queue = self.queue_select();
+        match (offset, value) {
+            (16, vector) => self.signals.set_config_vector(vector),
+            (24, size) if self.may_have(queue, size) => {
+                registers.set_queue(queue, |queue| queue.size = size.into());
             }
-            (16, 2) => self.signals.set_config_vector(short),
-            (20, 1) => registers.set_status(Status::from_bits_retain((value & 0xff) as u8)),
-            (22, 2) => self.selected.queue.store(short, Ordering::Relaxed),
-            (24, 2) if self.may_have(queue, short) => {
-                registers.set_queue(queue, |queue| queue.size = short.into());
-            }
-            (26, 2) => {
-                if !self.signals.set_queue_vector(queue, short) {
-                    registers.ignored.note();
-                } else if self.signals.file(queue).is_some() {
+            (26, vector) => {
+                if !self.signals.set_queue_vector(queue, vector) {
+                    return false;
+                }
+                if self.signals.file(queue).is_some() {
                     registers.renew_call(queue);
                 }
             }
-            (28, 2) if short == 1 => {
+            (28, 1) => {
                 registers.enable(queue);
             }
-            (32..40, _) => area(32, |queue| &mut queue.desc),
-            (40..48, _) => area(40, |queue| &mut queue.driver),
-            (48..56, _) => area(48, |queue| &mut queue.device),
-            (58, 2) if short == 1 => registers.reset_queue(queue),
-            _ => registers.ignored.note(),
+            (58, 1) => registers.reset_queue(queue),
+            _ => return false,
         }
+        true
+    }
+
+    fn set_field_32(&self, offset: u64, value: u32) -> bool {
+        match (offset, area(offset)) {
+            (12, _) => {
+                let word = self.selected.driver_feature.load(Ordering::Relaxed);
+                self.registers.set_driver_features(word, value);
+            }
+            (_, Some((area, half))) => {
+                let set = if half == 0 { set_low } else { set_high };
+                self.registers.set_queue(self.queue_select(), |queue| set(area(queue), value));
+            }
+            _ => return false,
+        }
+        true
     }
 
     /// 4.1.4.3.1: without packed rings, the size reads as a power of two.
@@ -116,4 +178,18 @@ impl<D: VirtioDevice> Pci<D> {
         (1..=self.registers.queue_max(queue)).contains(&size)
             && (size.is_power_of_two() || self.has(Features::RING_PACKED))
     }
+}
+
+/// One of the addresses of a queue.
+type Area = fn(&mut QueueRegisters) -> &mut u64;
+
+/// Which address of a queue is at this offset, and which half of it.
+fn area(offset: u64) -> Option<(Area, u64)> {
+    let area: Area = match offset {
+        32 | 36 => |queue| &mut queue.desc,
+        40 | 44 => |queue| &mut queue.driver,
+        48 | 52 => |queue| &mut queue.device,
+        _ => return None,
+    };
+    Some((area, offset / 4 % 2))
 }

@@ -36,8 +36,8 @@ use crate::{Engine, EngineError, Features, LaneRunner};
 use device_state::StateError;
 use serde::{Deserialize, Serialize};
 use signals::PciSignals;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// The vendor of all virtio devices (4.1.2).
 pub const VENDOR: u16 = 0x1af4;
@@ -125,7 +125,35 @@ struct Selectors {
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct Generation {
     shown: u8,
+    /// Of the configuration space, when it was read last.
     read: u32,
+}
+
+/// A generation that all CPUs of the guest change. One word: who reads the configuration space after another did either sees
+/// the new `shown`, or makes it.
+#[derive(Default)]
+struct SharedGeneration(AtomicU64);
+
+impl SharedGeneration {
+    fn get(&self) -> Generation {
+        let word = self.0.load(Ordering::Acquire);
+        Generation { shown: (word >> 32 & 0xff) as u8, read: (word & u64::from(u32::MAX)) as u32 }
+    }
+
+    fn set(&self, Generation { shown, read }: Generation) {
+        self.0.store(u64::from(shown) << 32 | u64::from(read), Ordering::Release);
+    }
+
+    /// The configuration space was read, and had this generation.
+    fn note(&self, read: u32) {
+        let next = |word: u64| {
+            let changed = word & u64::from(u32::MAX) != u64::from(read);
+            let shown = (word >> 32).wrapping_add(1) & 0xff;
+            changed.then_some(shown << 32 | u64::from(read))
+        };
+        // Nothing to do if it fails: it is the same generation.
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+    }
 }
 
 /// Version 1 of what is saved of the transport.
@@ -145,7 +173,7 @@ pub struct Pci<D: VirtioDevice> {
     registers: Registers<D>,
     signals: Arc<PciSignals>,
     selected: Selectors,
-    generation: Mutex<Generation>,
+    generation: SharedGeneration,
     queues: u16,
 }
 
@@ -165,7 +193,7 @@ impl<D: VirtioDevice> Pci<D> {
         // Checked by the engine.
         let queues = registers.engine().queues().len() as u16;
         signals.set_queues(queues);
-        let (selected, generation) = (Selectors::default(), Mutex::default());
+        let (selected, generation) = (Selectors::default(), SharedGeneration::default());
         Ok((Pci { registers, signals, selected, generation, queues }, lanes))
     }
 
@@ -241,18 +269,26 @@ impl<D: VirtioDevice> Pci<D> {
     /// The driver reads `data.len()` bytes at `offset` of the BAR.
     #[inline]
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset < COMMON_LEN {
-            match (self.common(offset, data.len()), data.len()) {
-                (Some(value), len @ 1..=8) => {
-                    data.iter_mut().zip(&value.to_le_bytes()[..len]).for_each(|(to, from)| *to = *from);
-                }
-                _ => self.registers.ignored.note(),
-            }
-        } else if offset == ISR && !data.is_empty() {
+        if self.read_common::<false>(offset, data) {
+            return;
+        }
+        match (offset, &mut *data) {
+            // Nothing to acknowledge.
+            (ISR, [isr]) if self.signals.pending() == 0 => *isr = 0,
+            _ => self.read_other(offset, data),
+        }
+    }
+
+    /// Out of the way of [`Pci::read`], which costs no more than what it does then.
+    #[inline(never)]
+    fn read_other(&self, offset: u64, data: &mut [u8]) {
+        if let (ISR, [isr, beyond @ ..]) = (offset, &mut *data) {
             // 4.1.4.5: reading it is the acknowledgement.
-            let isr = self.signals.take();
-            data.iter_mut().take(1).for_each(|byte| *byte = isr);
+            *isr = self.signals.take();
+            return beyond.fill(0);
+        }
+        data.fill(0);
+        if self.read_common::<true>(offset, data) {
         } else if let Some(at) = offset.checked_sub(self.device_config()) {
             self.read_config(at, data);
         } else if offset < NOTIFY {
@@ -264,6 +300,13 @@ impl<D: VirtioDevice> Pci<D> {
     /// The driver writes `data` at `offset` of the BAR.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) {
+        if !self.select_common(offset, data) {
+            self.write_other(offset, data);
+        }
+    }
+
+    #[inline(never)]
+    fn write_other(&self, offset: u64, data: &[u8]) {
         if let Some(at) = offset.checked_sub(NOTIFY)
             && at < self.notify_len()
         {
@@ -275,12 +318,7 @@ impl<D: VirtioDevice> Pci<D> {
                 _ => self.registers.ignored.note(),
             }
         } else if offset < COMMON_LEN {
-            let mut bytes = [0; 8];
-            match bytes.get_mut(..data.len()) {
-                Some(value) => value.copy_from_slice(data),
-                None => return self.registers.ignored.note(),
-            }
-            self.set_common(offset, data.len(), u64::from_le_bytes(bytes));
+            self.write_common(offset, data);
         } else if let Some(at) = offset.checked_sub(self.device_config())
             && matches!(data.len(), 1 | 2 | 4)
         {
@@ -290,19 +328,11 @@ impl<D: VirtioDevice> Pci<D> {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Generation> {
-        self.generation.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn read_config(&self, at: u64, data: &mut [u8]) {
         let (Ok(at), 1 | 2 | 4) = (u32::try_from(at), data.len()) else {
             return self.registers.ignored.note();
         };
-        let mut generation = self.lock();
-        let now = self.engine().config().read(at, data);
-        if std::mem::replace(&mut generation.read, now) != now {
-            generation.shown = generation.shown.wrapping_add(1);
-        }
+        self.generation.note(self.engine().config().read(at, data));
     }
 
     /// Where the window of 4.1.4.9 is: `capability` is the whole capability as it is in configuration space. `None` if that
@@ -361,7 +391,7 @@ impl<D: VirtioDevice> Pci<D> {
             isr: self.signals.pending(),
             config_vector,
             queue_vectors,
-            generation: *self.lock(),
+            generation: self.generation.get(),
         };
         self.registers.save(1, &own)
     }
@@ -378,7 +408,7 @@ impl<D: VirtioDevice> Pci<D> {
                 return Err(StateError::refused("it has vectors or events that there are none of").into());
             }
             self.select(own.device_feature_select, own.driver_feature_select, own.queue_select);
-            *self.lock() = own.generation;
+            self.generation.set(own.generation);
             Ok(())
         })
     }

@@ -107,6 +107,7 @@ impl PciSignals {
         (self.events.take() & EVENTS) as u8
     }
 
+    #[inline]
     pub(super) fn pending(&self) -> u32 {
         self.events.pending()
     }

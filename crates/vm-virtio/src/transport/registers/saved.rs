@@ -60,15 +60,13 @@ impl<D: VirtioDevice> Registers<D> {
         let engine = self.engine.save().wait_for(SNAPSHOT_PATIENCE).ok_or(TransportError::Silent)??;
         let mut state = self.lock();
         state.queues.iter_mut().for_each(Slot::poll);
-        if self.engine.is_resetting()
-            || state.queues.iter().any(|slot| matches!(slot.phase, Phase::Ending(_)))
-        {
+        if self.engine.is_resetting() || state.queues.iter().any(|slot| !slot.is_off() && !slot.is_on()) {
             return Err(TransportError::Busy);
         }
         let registers = RegistersV1 {
             driver: state.driver.bits(),
             beyond: state.beyond,
-            queues: state.queues.iter().map(|slot| slot.registers).collect(),
+            queues: state.queues.iter().map(Slot::registers).collect(),
         };
         drop(state);
         let mut saved = SavedState::new(self.engine.device_type().0);
@@ -118,19 +116,24 @@ impl<D: VirtioDevice> Registers<D> {
         state.beyond = registers.beyond && !fixed;
         self.carries_data.store(features.contains(Features::NOTIFICATION_DATA), Ordering::SeqCst);
         for (slot, registers) in state.queues.iter_mut().zip(registers.queues) {
-            *slot = Slot { registers, ..Slot::initial(slot.max) };
+            slot.clear();
+            slot.set_registers(registers);
         }
         for SavedQueue { index, enabled, config, state: at } in queues {
             // A driver has no other way to disable one than to stop it.
             let slot = state.queues.get_mut(usize::from(index)).filter(|_| enabled);
             let slot = slot.ok_or(SnapshotError::Queue(index))?;
             let QueueConfig { size, desc, driver, device } = config;
-            slot.registers =
-                QueueRegisters { size: u32::from(size), desc: desc.0, driver: driver.0, device: device.0 };
+            slot.set_registers(QueueRegisters {
+                size: u32::from(size),
+                desc: desc.0,
+                driver: driver.0,
+                device: device.0,
+            });
             let mut started = self.start(index, config, Some(at)).map_err(StartError::Kick)?;
             started.wait_for(SNAPSHOT_PATIENCE).ok_or(TransportError::Silent)??;
             drop(self.engine.enable(index, true));
-            slot.phase = Phase::On;
+            slot.set_phase(Phase::On);
         }
         Ok(())
     }

@@ -9,14 +9,17 @@ use crate::command;
 use crate::error::{Error, Result};
 use crate::workspace::{Workspace, cargo};
 
+mod block;
 mod peer;
+mod probe;
 mod rng;
 
 /// What can be measured.
-pub(crate) const NAMES: [(&str, &str); 4] = [
+pub(crate) const NAMES: [(&str, &str); 5] = [
     ("bus", "our buses and registers beside bare ones and rust-vmm's vm-device (2 minutes)"),
     ("rings", "our virtqueues beside a bare loop and rust-vmm's virtio-queue (5 minutes)"),
     ("daemon", "what a daemon costs beside its requests: start, memory, wake-ups (1 minute)"),
+    ("block", "our block daemon beside a floor and QEMU's storage daemon (3 minutes)"),
     ("rng", "our entropy daemon beside the floors and rust-vmm's vhost-device-rng (2 minutes)"),
 ];
 
@@ -31,8 +34,10 @@ pub(crate) fn list() -> Result<bool> {
 /// Runs one benchmark; whether it ended well.
 pub(crate) fn run(name: &str, arguments: &[String]) -> Result<bool> {
     let workspace = Workspace::read()?;
-    if name == "rng" {
-        return rng::run(&workspace, arguments);
+    match name {
+        "block" => return block::run(&workspace, arguments),
+        "rng" => return rng::run(&workspace, arguments),
+        _ => {}
     }
     if name == "bus" {
         return wait(bus(&workspace).args(arguments));

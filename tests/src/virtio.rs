@@ -18,6 +18,9 @@ pub struct Device {
 /// Status with which a driver runs a device: ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK.
 pub const RUNNING: u32 = 0xf;
 
+/// The block device's type.
+pub const BLOCK: u32 = 2;
+
 /// The entropy device's type.
 pub const RNG: u32 = 4;
 

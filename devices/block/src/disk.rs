@@ -41,6 +41,7 @@ pub(crate) enum Switch {
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     pub(crate) open: OpenOptions,
+    pub(crate) backing: Vec<PathBuf>,
     pub(crate) serial: String,
     pub(crate) block_size: Option<u32>,
     pub(crate) cache: WriteCache,
@@ -54,7 +55,7 @@ pub(crate) enum DiskError {
     NoValue(String, String),
     #[error(
         "--blk-file {0:?} has the unknown key {1:?}; known are path, readonly, format, serial, direct, cache, \
-         block-size, discard, lock"
+         block-size, discard, lock, backing-dir"
     )]
     UnknownKey(String, String),
     #[error("--blk-file {0:?}: {1}={2} is not understood; see --help for what it can be")]
@@ -72,6 +73,7 @@ impl Disk {
                 direct: args.direct,
                 lock: args.lock == Switch::On,
             },
+            backing: args.backing_dir.clone(),
             serial: args.serial.clone(),
             block_size: args.block_size,
             cache: args.cache,
@@ -91,6 +93,7 @@ impl Disk {
                 "readonly" | "read-only" => disk.open.read_only = switch(value).ok_or_else(bad)?,
                 "direct" => disk.open.direct = switch(value).ok_or_else(bad)?,
                 "lock" => disk.open.lock = switch(value).ok_or_else(bad)?,
+                "backing-dir" => disk.backing.push(PathBuf::from(value)),
                 "format" => disk.open.format = choice(value).ok_or_else(bad)?,
                 "cache" => disk.cache = choice(value).ok_or_else(bad)?,
                 "discard" => disk.discard = choice(value).ok_or_else(bad)?,

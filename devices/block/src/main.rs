@@ -23,7 +23,7 @@ const LOCKED: Duration = Duration::from_secs(3);
 #[command(name = IDENTITY.name, version)]
 struct Args {
     /// File or block device with the disk: PATH, or path=PATH with any of readonly=on, format=, serial=, direct=on,
-    /// cache=, block-size=, discard=, lock= behind it, separated by commas, which go before the options below. Repeat
+    /// cache=, block-size=, discard=, lock=, backing-dir= behind it, separated by commas, which go before the options below. Repeat
     /// it for several guests, a disk each
     #[arg(short = 'b', long, value_name = "DISK", required = true)]
     blk_file: Vec<String>,
@@ -35,6 +35,10 @@ struct Args {
     /// What is in the file; never guessed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+
+    /// Folder below which a qcow2 image may name a file as the one behind it; repeat it for more [default: it may name none]
+    #[arg(long, value_name = "FOLDER")]
+    backing_dir: Vec<std::path::PathBuf>,
 
     /// Serial number, up to 20 characters [default: none]
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
@@ -137,7 +141,7 @@ impl Args {
 fn open(disk: &Disk) -> Result<Arc<dyn Image>, OpenError> {
     let deadline = Instant::now() + LOCKED;
     loop {
-        match virtio_block::backend::open(&disk.path, disk.open) {
+        match virtio_block::backend::open_over(&disk.path, disk.open, &disk.backing) {
             Err(OpenError::Locked { .. }) if Instant::now() < deadline => std::thread::sleep(LOCKED / 100),
             result => return result,
         }

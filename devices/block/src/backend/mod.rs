@@ -6,7 +6,10 @@
 //! anything beyond its range.
 mod lock;
 mod memory;
+mod null;
 mod payload;
+#[cfg(feature = "qcow2")]
+mod qcow2;
 mod raw;
 pub(crate) mod syscall;
 
@@ -15,8 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use memory::MemoryImage;
+pub use null::NullImage;
 pub use payload::Payload;
 pub(crate) use payload::Room;
+#[cfg(feature = "qcow2")]
+pub use qcow2::Qcow2Image;
 pub use raw::RawFile;
 
 /// What a device has to know of an image before the first request.
@@ -83,10 +89,15 @@ pub enum Format {
     /// The disk's bytes themselves: a file or a block device.
     #[default]
     Raw,
+    /// A qcow2 image of version 2 or 3.
+    #[cfg(feature = "qcow2")]
+    Qcow2,
+    /// No file at all: a disk without contents, whose size (bytes, or with K, M, G behind) is in the path's place.
+    Null,
 }
 
 /// How an image is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {
     /// What is in the file.
     pub format: Format,
@@ -129,6 +140,14 @@ pub enum OpenError {
         /// What of it is taken.
         what: &'static str,
     },
+    /// What is in it is not what it was said to be, or is not allowed.
+    #[error("cannot use the image {}: {why}", path.display())]
+    BadImage {
+        /// The path of it, or of the one of its layers that is meant.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// Not a single block.
     #[error("{} has {bytes} bytes, less than a block of {block}; make it larger, e.g. with truncate -s", path.display())]
     TooSmall {
@@ -141,13 +160,36 @@ pub enum OpenError {
     },
 }
 
-/// Opens an image.
+/// Opens an image that has no file behind it.
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
 pub fn open(path: &Path, options: OpenOptions) -> Result<Arc<dyn Image>, OpenError> {
+    open_over(path, options, &[])
+}
+
+/// Opens an image that may name files below these folders as those behind it.
+///
+/// # Errors
+/// [`OpenError`]; nothing is left behind then.
+pub fn open_over(
+    path: &Path,
+    options: OpenOptions,
+    backing: &[PathBuf],
+) -> Result<Arc<dyn Image>, OpenError> {
+    // Only images of that format have anything behind them.
+    #[cfg(not(feature = "qcow2"))]
+    let _ = backing;
     let image: Arc<dyn Image> = match options.format {
         Format::Raw => Arc::new(RawFile::open(path, options)?),
+        #[cfg(feature = "qcow2")]
+        Format::Qcow2 => Arc::new(Qcow2Image::open(path, options, backing)?),
+        Format::Null => {
+            let bytes = path.to_str().and_then(null::parse_size);
+            let why = "a disk of this format has no file, but a size: bytes, or with K, M or G behind";
+            let bad = || OpenError::BadImage { path: path.to_owned(), why: why.to_owned() };
+            Arc::new(NullImage::new(bytes.ok_or_else(bad)?))
+        }
     };
     let Geometry { bytes, block, .. } = image.geometry();
     if bytes < u64::from(block) {

@@ -2,6 +2,7 @@
 //! known by name.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -61,6 +62,22 @@ fn the_entropy_daemon_keeps_every_rule() -> Result<(), Failure> {
         daemon.check()?;
         assert_eq!(daemon.stop()?.code(), Some(0));
     }
+    Ok(())
+}
+
+#[test]
+fn the_block_daemon_keeps_every_rule() -> Result<(), Failure> {
+    let Some(probe) = probe("the_block_daemon_keeps_every_rule") else { return Ok(()) };
+    let scratch = Scratch::new().map_err(Failure::io("make a temporary folder"))?;
+    let image = scratch.path().join("disk.img");
+    fs::write(&image, vec![1; 1 << 20]).map_err(Failure::io("write an image"))?;
+    let disk = [OsStr::new("--blk-file"), image.as_os_str(), OsStr::new("--num-queues"), OsStr::new("4")];
+    let mut daemon = Daemon::new("vhost-device-block")?.args(disk);
+    daemon.start()?;
+    let lines = check(&probe, &daemon.socket(), "blk")?;
+    assert!(failed(&lines).is_empty(), "{:#?}", failed(&lines));
+    daemon.check()?;
+    assert_eq!(daemon.stop()?.code(), Some(0));
     Ok(())
 }
 

@@ -92,6 +92,15 @@ impl RawFile {
         Ok(RawFile { file, cached, is_device, in_memory: in_memory && !is_device, read_only, geometry, lost })
     }
 
+    /// Any file, for tests of what can hang.
+    #[cfg(test)]
+    pub(crate) fn of(file: File) -> RawFile {
+        let geometry = Geometry { bytes: 1 << 20, block: 512, physical: 512, discards: false };
+        let lost = AtomicBool::new(false);
+        let (is_device, in_memory, read_only) = (false, false, false);
+        RawFile { file, cached: None, is_device, in_memory, read_only, geometry, lost }
+    }
+
     /// Whether the host caches what is read and written.
     pub(crate) fn is_cached(&self) -> bool {
         self.cached.is_none()
@@ -277,5 +286,69 @@ impl Image for RawFile {
 
     fn raw(&self) -> Option<&RawFile> {
         Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> OpenOptions {
+        OpenOptions { format: super::super::Format::Raw, read_only: false, direct: false, lock: false }
+    }
+
+    fn file(bytes: &[u8]) -> (virtio_testkit::daemon::TempDir, RawFile) {
+        let directory = virtio_testkit::daemon::TempDir::new();
+        let path = directory.join("disk");
+        std::fs::write(&path, bytes).unwrap();
+        let file = RawFile::open(&path, options()).unwrap();
+        (directory, file)
+    }
+
+    /// The kernel tells of lost writes once. Whoever flushes after that must not hear that all is well.
+    #[test]
+    fn a_flush_that_failed_is_not_forgotten_until_the_guest_starts_over() {
+        let (_directory, file) = file(&[0; 512]);
+        file.flush().unwrap();
+        file.note_flush(&Err(Errno::IO.into()));
+        assert!(file.flush().is_err() && file.check_losses().is_err());
+        file.note_flush(&Ok(()));
+        assert!(file.flush().is_err());
+        file.forget_losses();
+        file.flush().unwrap();
+    }
+
+    #[test]
+    fn zeros_that_have_to_be_written_are_written_in_steps_that_can_be_given_up() {
+        let bytes = vec![1; 3 << 20];
+        let (directory, file) = file(&bytes);
+        let steps = std::cell::Cell::new(0);
+        let two = || {
+            steps.set(steps.get() + 1);
+            steps.get() <= 2
+        };
+        let error = file.write_zeros(512, (3 << 20) - 1024, &two).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+        let now = std::fs::read(directory.join("disk")).unwrap();
+        let zeros = now.iter().filter(|byte| **byte == 0).count() as u64;
+        assert_eq!(zeros, 2 * STEP);
+        file.write_zeros(512, (3 << 20) - 1024, &|| true).unwrap();
+        let now = std::fs::read(directory.join("disk")).unwrap();
+        assert!(now[512..(3 << 20) - 512].iter().all(|byte| *byte == 0));
+        assert!(now[..512] == bytes[..512] && now[(3 << 20) - 512..] == bytes[..512]);
+    }
+
+    #[test]
+    fn direct_transfers_are_made_of_whole_blocks_and_the_rest_goes_through_the_cache() {
+        let (_directory, mut file) = file(&[7; 8192]);
+        let alignment = Alignment { offset: 4096, memory: 512 };
+        file.cached = Some((file.file.try_clone().unwrap(), alignment));
+        let payload = |len: usize| Payload::from_bytes(vec![0; len]);
+        assert!(!file.takes(512, &payload(4096)) && !file.takes(0, &payload(512)));
+        let mut unaligned = Payload::from_bytes(vec![0; 4096 + 512 + 1]);
+        unaligned.advance(1);
+        unaligned.read(&mut [0; 511]);
+        assert!(!file.takes(0, &unaligned), "not all of it");
+        file.read(512, &mut payload(512)).unwrap();
     }
 }

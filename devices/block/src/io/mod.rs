@@ -356,3 +356,76 @@ impl Quick {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Format, OpenOptions, open};
+    use virtio_testkit::daemon::TempDir;
+
+    const OPTIONS: OpenOptions =
+        OpenOptions { format: Format::Raw, read_only: false, direct: false, lock: false };
+
+    fn io(aio: Aio, direct: bool) -> (TempDir, Io) {
+        let directory = TempDir::new();
+        let path = directory.join("disk");
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let image = open(&path, OpenOptions { direct, ..OPTIONS }).unwrap();
+        (directory, Io::new(image, aio, 16, crate::Options::own_pool()))
+    }
+
+    fn request(action: Action, len: usize) -> Request {
+        Request { payload: Payload::from_bytes(vec![9; len]), action, fills: 0, epoch: 0 }
+    }
+
+    /// Whether the lane does it itself.
+    fn is_quick(io: &mut Io, action: Action, len: usize) -> bool {
+        io.attempt(&mut request(action, len)).map(Result::unwrap).is_some()
+    }
+
+    fn write(stable: bool) -> Action {
+        Action::Write { offset: 0, stable }
+    }
+
+    #[test]
+    fn the_lane_does_what_the_cache_can_and_nothing_that_waits() {
+        let (_directory, mut io) = io(Aio::Auto, false);
+        assert!(is_quick(&mut io, Action::Read(4096), 4096));
+        assert!(is_quick(&mut io, write(false), 4096));
+        assert!(is_quick(&mut io, Action::Read(0), 1 << 20));
+        for (action, len) in [
+            (Action::Read(0), (1 << 20) + 512),
+            (write(false), (1 << 20) + 512),
+            (write(true), 512),
+            (Action::Flush, 0),
+            (Action::Discard(Vec::new()), 0),
+            (Action::WriteZeroes { ranges: Vec::new(), stable: false }, 0),
+        ] {
+            assert!(!is_quick(&mut io, action, len));
+        }
+        assert!(!is_quick(&mut io, Action::Read((4 << 20) - 512), 1024), "beyond the end of the file");
+    }
+
+    #[test]
+    fn a_way_that_is_asked_for_is_taken_always() {
+        for (aio, direct) in [(Aio::IoUring, false), (Aio::Threads, false), (Aio::Auto, true)] {
+            let (_directory, mut io) = io(aio, direct);
+            assert!(!is_quick(&mut io, Action::Read(0), 4096));
+            assert!(!is_quick(&mut io, write(false), 4096));
+        }
+    }
+
+    #[test]
+    fn after_a_slow_write_others_go_another_way_for_a_while() {
+        let (_directory, mut io) = io(Aio::Auto, false);
+        let quick = io.quick.as_mut().unwrap();
+        // As on a file system that cannot say whether a write would wait.
+        (quick.writes, quick.in_memory) = (false, false);
+        quick.avoid = Some(Instant::now() + Duration::from_secs(3600));
+        assert!(!is_quick(&mut io, write(false), 512));
+        assert!(is_quick(&mut io, Action::Read(0), 512), "reads are asked for without waiting");
+        io.quick.as_mut().unwrap().avoid = Some(Instant::now());
+        assert!(is_quick(&mut io, write(false), 512));
+        assert_eq!(io.quick.unwrap().avoid, None);
+    }
+}

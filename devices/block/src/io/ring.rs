@@ -196,3 +196,91 @@ impl Drop for Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::backend::Payload;
+
+    fn reading(len: usize, epoch: u32) -> Request {
+        Request { payload: Payload::from_bytes(vec![0; len]), action: Action::Read(0), fills: 0, epoch }
+    }
+
+    #[track_caller]
+    fn wait(ring: &mut Ring) -> (Request, io::Result<()>) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            ring.submit();
+            if let Some(done) = ring.next() {
+                return done;
+            }
+            assert!(Instant::now() < deadline, "a completion");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A pipe is a file whose reads hang until somebody writes.
+    fn pipe() -> Option<(Ring, File)> {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let raw = RawFile::of(File::from(std::os::fd::OwnedFd::from(reader)));
+        match Ring::new(&raw, 4) {
+            Ok(ring) => Some((ring, File::from(std::os::fd::OwnedFd::from(writer)))),
+            Err(error) => {
+                println!("SKIP: no io_uring: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn what_hangs_is_cancelled_and_what_is_half_done_goes_on() {
+        let Some((mut ring, mut writer)) = pipe() else { return };
+        assert!(ring.begin(reading(8, 1), false).is_none());
+        ring.submit();
+        assert!(ring.next().is_none());
+        ring.cancel();
+        let (request, result) = wait(&mut ring);
+        assert!(result.is_err() && request.epoch == 1 && request.payload.left() == 8);
+        // Slots are used again, and a short read is continued.
+        for epoch in 2..12 {
+            assert!(ring.begin(reading(8, epoch), false).is_none());
+            ring.submit();
+            writer.write_all(b"abc").unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(ring.next().is_none());
+            ring.submit();
+            writer.write_all(b"defgh").unwrap();
+            let (request, result) = wait(&mut ring);
+            result.unwrap();
+            assert_eq!((request.epoch, request.payload.into_bytes().as_slice()), (epoch, &b"abcdefgh"[..]));
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_file_is_an_error_and_a_full_ring_gives_requests_back() {
+        let Some((mut ring, writer)) = pipe() else { return };
+        for epoch in 0..4 {
+            assert!(ring.begin(reading(8, epoch), false).is_none());
+        }
+        assert!(ring.begin(reading(8, 9), false).is_some_and(|request| request.epoch == 9));
+        ring.submit();
+        drop(writer);
+        for _ in 0..4 {
+            assert_eq!(wait(&mut ring).1.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn a_ring_that_goes_with_requests_in_the_kernel_leaves_them_their_memory() {
+        let Some((mut ring, mut writer)) = pipe() else { return };
+        assert!(ring.begin(reading(1 << 16, 1), false).is_none());
+        ring.submit();
+        drop(ring);
+        // Whatever the kernel still does with them, nothing here is touched that was freed.
+        let _ = writer.write_all(&[1; 4096]);
+    }
+}

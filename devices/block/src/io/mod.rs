@@ -6,7 +6,8 @@
 //! everything where there is no io_uring, goes to the pool.
 //!
 //! Where a file system writes to its cache but cannot say whether that would wait (ext4, for one), the lane writes and looks
-//! at the clock: once a write has taken long, the next ones go through io_uring for a while.
+//! at the clock: once several writes in a short while have taken long, the next ones go through io_uring for a while. One
+//! alone proves nothing: the thread may just have lost its CPU.
 //!
 //! Invariant: a request that is taken comes back from [`Io::next`] exactly once, or is dropped after
 //! [`Io::give_up`]; its payload, which keeps the guest's memory in place, is owned by whoever works on it.
@@ -36,6 +37,10 @@ const LARGE: u64 = 1 << 20;
 
 /// A write of the lane that took longer has waited for the disk.
 const LONG: Duration = Duration::from_millis(2);
+/// What it weighs against each that did not.
+const WEIGHT: u8 = 8;
+/// How much is too much: three of ten, say.
+const TOO_MUCH: u8 = 16;
 /// For how long writes go another way then.
 const AVOID: Duration = Duration::from_millis(500);
 
@@ -123,6 +128,8 @@ struct Quick {
     writes: bool,
     /// Nothing waits for long: the file is in memory.
     in_memory: bool,
+    /// Rises with each write that took long, sinks with each that did not.
+    slowness: u8,
     /// Writes go another way until then.
     avoid: Option<Instant>,
 }
@@ -150,6 +157,7 @@ impl Io {
             reads: true,
             writes: true,
             in_memory: raw.is_in_memory(),
+            slowness: 0,
             avoid: None,
         });
         let no_ring = image.raw().is_none() || aio == Aio::Threads;
@@ -316,6 +324,20 @@ impl Quick {
         }
     }
 
+    /// A write that could have waited began then and has ended now.
+    #[inline]
+    fn took(&mut self, now: Instant, began: Instant) {
+        if now.duration_since(began) <= LONG {
+            self.slowness = self.slowness.saturating_sub(1);
+            return;
+        }
+        self.slowness += WEIGHT;
+        if self.slowness > TOO_MUCH {
+            self.slowness = 0;
+            self.avoid = Some(now + AVOID);
+        }
+    }
+
     #[inline]
     fn write(
         &mut self,
@@ -336,10 +358,7 @@ impl Quick {
         }
         let result = syscall::write(file, *offset, from, flags);
         if let Some(began) = began {
-            let now = Instant::now();
-            if now.duration_since(began) > LONG {
-                self.avoid = Some(now + AVOID);
-            }
+            self.took(Instant::now(), began);
         }
         match result {
             Ok(_) if from.left() == 0 => Some(Ok(())),
@@ -416,12 +435,25 @@ mod tests {
     }
 
     #[test]
-    fn after_a_slow_write_others_go_another_way_for_a_while() {
+    fn after_slow_writes_others_go_another_way_for_a_while() {
         let (_directory, mut io) = io(Aio::Auto, false);
         let quick = io.quick.as_mut().unwrap();
         // As on a file system that cannot say whether a write would wait.
         (quick.writes, quick.in_memory) = (false, false);
-        quick.avoid = Some(Instant::now() + Duration::from_secs(3600));
+        let now = Instant::now();
+        let slow = now.checked_sub(2 * LONG).unwrap();
+        // A CPU that is lost now and then is no disk that is slow.
+        for _ in 0..100 {
+            quick.took(now, slow);
+            (0..WEIGHT).for_each(|_| quick.took(now, now));
+        }
+        assert_eq!((quick.avoid, quick.slowness), (None, 0));
+        (0..2).for_each(|_| quick.took(now, slow));
+        quick.took(now, now);
+        assert_eq!(quick.avoid, None);
+        let later = now + Duration::from_secs(3600);
+        quick.took(later, slow);
+        assert_eq!((quick.avoid, quick.slowness), (Some(later + AVOID), 0));
         assert!(!is_quick(&mut io, write(false), 512));
         assert!(is_quick(&mut io, Action::Read(0), 512), "reads are asked for without waiting");
         io.quick.as_mut().unwrap().avoid = Some(Instant::now());

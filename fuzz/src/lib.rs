@@ -12,6 +12,7 @@ mod pci;
 mod proxy;
 mod ring;
 mod transport;
+mod vsock;
 mod wire;
 
 pub use block::block;
@@ -21,14 +22,16 @@ pub use pci::pci;
 pub use proxy::proxy;
 pub use ring::{ring_packed, ring_split};
 pub use transport::{transport_ccw, transport_mmio, transport_pci};
+pub use vsock::vsock;
 pub use wire::{wire_backend, wire_channel, wire_frontend};
 
 /// A fuzz target: its name, and what takes the bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("block", block),
+    ("vsock", vsock),
     ("bus", bus),
     ("pci", pci),
     ("ring_split", ring_split),

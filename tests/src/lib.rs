@@ -5,6 +5,7 @@
 //! [`daemon::Daemon`], boots a [`guest::Guest`] attached to its socket, and looks at what the guest's script printed.
 //! Everything that a test starts ends with it: processes are killed and folders removed when their owners are dropped.
 
+pub mod bundle;
 pub mod cpio;
 pub mod daemon;
 pub mod failure;
@@ -19,3 +20,4 @@ pub mod running;
 pub mod scratch;
 pub mod skip;
 pub mod virtio;
+pub mod vsock;

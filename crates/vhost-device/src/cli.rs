@@ -65,6 +65,10 @@ pub struct CommonArgs {
     /// Features to withhold from guests, e.g. ring_packed,event_idx
     #[arg(long, value_name = "FEATURE", value_delimiter = ',')]
     pub without: Vec<String>,
+
+    /// Sockets that options of the daemon's own name, one a guest, instead of `--socket-path`.
+    #[arg(skip)]
+    pub socket_paths: Vec<PathBuf>,
 }
 
 /// A command line, or environment, that makes no sense.
@@ -97,6 +101,9 @@ pub enum UsageError {
     /// A descriptor of `--fd` that cannot be served.
     #[error("--fd: {0}")]
     Fd(#[source] FdError),
+    /// More sockets than guests.
+    #[error("{0} guests have sockets; one daemon serves at most {MAX_GUESTS}")]
+    TooManyPaths(usize),
     /// More descriptors than guests.
     #[error("--fd is given {0} times; one daemon serves at most {MAX_GUESTS} guests")]
     TooManyFds(usize),
@@ -188,7 +195,8 @@ impl CommonArgs {
     /// `--socket-count` or `--fd`, or those of socket activation. 1 if it will be refused.
     pub fn guest_count(&self) -> u32 {
         let activated = || Environment::of_process().activated().ok().flatten();
-        let fds = u32::try_from(self.fds.len()).ok().filter(|count| *count > 0);
+        let given = self.fds.len().max(self.socket_paths.len());
+        let fds = u32::try_from(given).ok().filter(|count| *count > 0);
         self.socket_count.filter(|count| *count > 0).or(fds).or_else(activated).unwrap_or(1)
     }
 
@@ -202,6 +210,7 @@ impl CommonArgs {
         let activated = environment.activated()?;
         let sources = [
             ("--socket-path", self.socket_path.is_some()),
+            ("an option of a guest", !self.socket_paths.is_empty()),
             ("--fd", !self.fds.is_empty()),
             ("LISTEN_FDS", activated.is_some()),
         ];
@@ -226,6 +235,9 @@ impl CommonArgs {
                 return Err(UsageError::ControlIsSocket(control.clone()));
             }
             listen::check(control).map_err(UsageError::Control)?;
+        }
+        if self.socket_paths.len() > MAX_GUESTS as usize {
+            return Err(UsageError::TooManyPaths(self.socket_paths.len()));
         }
         if self.fds.len() > MAX_GUESTS as usize {
             return Err(UsageError::TooManyFds(self.fds.len()));
@@ -257,7 +269,10 @@ impl CommonArgs {
     }
 
     fn paths(&self) -> Result<Vec<Endpoint>, UsageError> {
-        let Some(base) = &self.socket_path else { return Ok(Vec::new()) };
+        let Some(base) = &self.socket_path else {
+            self.socket_paths.iter().try_for_each(|path| listen::check(path))?;
+            return Ok(self.socket_paths.iter().cloned().map(Endpoint::Path).collect());
+        };
         if base.as_os_str() == OsStr::new("") {
             return Err(ListenError::Empty.into());
         }
@@ -428,6 +443,21 @@ mod tests {
         let planned = plan(&line(&dir.path().join("c").display().to_string())).unwrap();
         assert_eq!(planned.control_socket, Some(dir.path().join("c")));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "planning creates nothing");
+    }
+
+    #[test]
+    fn sockets_that_options_of_the_daemon_name() {
+        let dir = TempDir::new();
+        let paths = vec![dir.path().join("a"), dir.path().join("b")];
+        let mut args = CommonArgs { socket_paths: paths, ..CommonArgs::default() };
+        assert_eq!(args.guest_count(), 2);
+        assert_eq!(args.plan(&Environment::default()).unwrap().endpoints.len(), 2);
+        args.socket_path = Some(dir.path().join("c"));
+        let error = args.plan(&Environment::default()).unwrap_err();
+        assert!(matches!(error, UsageError::TwoSockets("--socket-path", "an option of a guest")), "{error}");
+        args.socket_path = None;
+        args.socket_paths.push(dir.path().to_owned());
+        assert!(matches!(args.plan(&Environment::default()), Err(UsageError::Path(_))));
     }
 
     #[test]

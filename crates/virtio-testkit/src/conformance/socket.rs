@@ -82,6 +82,8 @@ pub(super) struct Connection {
 pub struct SocketBench {
     pub(super) options: SocketOptions,
     now: Option<Connection>,
+    /// How many queues the back-end has, once it was asked. Who does not ask knows it from the type of the device.
+    queues: u64,
 }
 
 pub(super) fn region(r: &RamRegion) -> MemoryRegion {
@@ -277,7 +279,7 @@ pub(super) fn base(layout: RingLayout, at: RingPos) -> u32 {
 impl SocketBench {
     /// Lines run over the back-end that listens there.
     pub fn new(options: SocketOptions) -> SocketBench {
-        SocketBench { options, now: None }
+        SocketBench { options, now: None, queues: 1 }
     }
 
     /// The connection.
@@ -326,13 +328,13 @@ impl SocketBench {
     pub(super) fn renew_with(&mut self, setup: &Setup, more: ProtocolFeatures) -> Checked {
         let mut endpoint = self.connect()?;
         let offered = endpoint.get_features()?;
-        let (mut protocol, mut queues) = (ProtocolFeatures::empty(), 1);
+        let mut protocol = ProtocolFeatures::empty();
         // Without acknowledging bit 30 there are no protocol features.
         if offered & F_PROTOCOL_FEATURES != 0 && setup.rings_disabled {
             protocol = endpoint.get_protocol_features()? & (USUAL | more);
             endpoint.set_protocol_features(protocol)?;
             if protocol.contains(ProtocolFeatures::MQ) {
-                queues = endpoint.get_queue_num()?;
+                self.queues = endpoint.get_queue_num()?;
             }
         }
         endpoint.set_owner()?;
@@ -351,7 +353,7 @@ impl SocketBench {
         }
         let ram = hostile::memory();
         let mut rings = Vec::new();
-        for index in 0..queues.min(MOST_RINGS) as u32 {
+        for index in 0..self.queues.min(MOST_RINGS) as u32 {
             let ring = Ring {
                 driver: RingDriver::start_at(&ram, setup.layout, setup.size, features, setup.start),
                 kick: new_eventfd()?,

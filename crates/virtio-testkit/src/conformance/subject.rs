@@ -67,11 +67,32 @@ impl Subject {
         read_only: Some(0),
     };
 
+    /// The socket device (5.10): the guest ends a flow that does not exist, which is not answered.
+    pub const SOCKET: Subject = Subject {
+        name: "vsock",
+        queue: 1,
+        queues: 1,
+        request: |n| {
+            let mut readable = vec![0; 44];
+            // src_cid, dst_cid; src_port; type STREAM, op RST.
+            (readable[0], readable[8], readable[16], readable[28], readable[30]) = (3, 2, n as u8, 1, 3);
+            Request { readable, writable: 0 }
+        },
+        check: |_, answer| match answer {
+            [] => Ok(()),
+            _ => Err(format!("5.10.6.4: {} bytes written to an outgoing packet", answer.len())),
+        },
+        configure: None,
+        // guest_cid
+        read_only: Some(0),
+    };
+
     /// A device that the suite knows a request of.
     pub fn by_name(name: &str) -> Option<&'static Subject> {
         match name {
             "rng" | "entropy" => Some(&Subject::ENTROPY),
             "blk" | "block" => Some(&Subject::BLOCK),
+            "vsock" | "socket" => Some(&Subject::SOCKET),
             _ => None,
         }
     }

@@ -14,6 +14,7 @@
 //! | [`hostile`] | a driver that breaks the rules of rings, one at a time or at random |
 //! | [`mod@conformance`] | every rule for devices as a line that runs over any of these: one line in a device's tests |
 //! | [`mod@daemon`] | a daemon as a process: started, ready, ended, never left behind |
+//! | `second_opinion` (cargo feature `virtio-drivers`) | drivers of the `virtio-drivers` crate over our registers |
 //! | [`load`] | a driver that is fast instead of strict, and the floors to measure back-ends by |
 //!
 //! # A device test
@@ -34,6 +35,8 @@ pub mod load;
 mod memory_host;
 mod ram;
 pub mod ring;
+#[cfg(feature = "virtio-drivers")]
+pub mod second_opinion;
 mod shared_memory;
 pub mod transport;
 mod vhost_user_driver;

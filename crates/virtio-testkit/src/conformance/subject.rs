@@ -87,12 +87,28 @@ impl Subject {
         read_only: Some(0),
     };
 
+    /// The console device (5.3): output of port 0. Nothing comes back but the buffer.
+    pub const CONSOLE: Subject = Subject {
+        name: "console",
+        queue: 1,
+        queues: 1,
+        request: |n| Request { readable: format!("line {n}\r\n").into_bytes(), writable: 0 },
+        check: |_, answer| match answer {
+            [] => Ok(()),
+            _ => Err(format!("5.3.6: {} bytes written to output", answer.len())),
+        },
+        configure: None,
+        // max_nr_ports
+        read_only: Some(4),
+    };
+
     /// A device that the suite knows a request of.
     pub fn by_name(name: &str) -> Option<&'static Subject> {
         match name {
             "rng" | "entropy" => Some(&Subject::ENTROPY),
             "blk" | "block" => Some(&Subject::BLOCK),
             "vsock" | "socket" => Some(&Subject::SOCKET),
+            "console" => Some(&Subject::CONSOLE),
             _ => None,
         }
     }

@@ -329,6 +329,9 @@ fn size_checked(bench: &mut Bench<'_>) -> Checked {
 fn unruled(bench: &mut Bench<'_>) -> Checked {
     bench.setup.rings_disabled = false;
     bench.begin()?;
+    if bench.subject.is_some_and(|subject| subject.queue >= bench.host.queues()) {
+        return not_applicable("without protocol features a front-end does not know of that queue");
+    }
     let queue = bench.queue()?;
     bench.ask(queue)
 }

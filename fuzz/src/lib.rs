@@ -6,6 +6,7 @@
 mod block;
 mod bus;
 mod bytes;
+mod console;
 mod daemon;
 mod guarded;
 mod pci;
@@ -17,6 +18,7 @@ mod wire;
 
 pub use block::block;
 pub use bus::bus;
+pub use console::console;
 pub use daemon::{control, session};
 pub use pci::pci;
 pub use proxy::proxy;
@@ -29,10 +31,11 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     ("block", block),
     ("vsock", vsock),
     ("bus", bus),
+    ("console", console),
     ("pci", pci),
     ("ring_split", ring_split),
     ("ring_packed", ring_packed),

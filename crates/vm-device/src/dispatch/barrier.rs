@@ -4,11 +4,13 @@
 //! barrier between store and load on both sides, unless one side can make the other have one: membarrier(2) interrupts
 //! every processor that runs a thread of this process. So [`Barrier::light`] costs no instruction, and
 //! [`Barrier::heavy`] a system call.
+//!
+//! Where the kernel does not do that ([`Barrier::is_light`]), who must be fast needs [`full`] ones. That is for who uses this to
+//! see to: asking here would cost more than the barrier that it saves.
 use crate::sync::fence;
 use std::sync::atomic::Ordering;
 
 pub(super) struct Barrier {
-    /// Whether the kernel does it; if not, both sides have a full barrier.
     by_kernel: bool,
 }
 
@@ -17,21 +19,34 @@ impl Barrier {
         Barrier { by_kernel: register() }
     }
 
+    /// One whose light side is none, as where the kernel does not help.
+    #[cfg(all(test, loom))]
+    pub(super) fn without_kernel() -> Barrier {
+        Barrier { by_kernel: false }
+    }
+
+    /// Whether [`light`](Self::light) is enough beside [`heavy`](Self::heavy).
+    pub(super) fn is_light(&self) -> bool {
+        self.by_kernel
+    }
+
     #[inline(always)]
-    pub(super) fn light(&self) {
-        if self.by_kernel {
-            std::sync::atomic::compiler_fence(Ordering::SeqCst);
-        } else {
-            fence(Ordering::SeqCst);
-        }
+    pub(super) fn light() {
+        // Loom has no membarrier(2): this is what the system call makes of it.
+        if cfg!(loom) { full() } else { std::sync::atomic::compiler_fence(Ordering::SeqCst) }
     }
 
     pub(super) fn heavy(&self) {
-        fence(Ordering::SeqCst);
+        full();
         if self.by_kernel {
             interrupt_all();
         }
     }
+}
+
+/// Enough on both sides.
+pub(super) fn full() {
+    fence(Ordering::SeqCst);
 }
 
 #[cfg(all(target_os = "linux", not(loom), not(miri)))]
@@ -52,7 +67,7 @@ fn interrupt_all() {
 
 #[cfg(not(all(target_os = "linux", not(loom), not(miri))))]
 fn register() -> bool {
-    false
+    cfg!(loom)
 }
 
 #[cfg(not(all(target_os = "linux", not(loom), not(miri))))]

@@ -9,7 +9,9 @@
 //! * Who closes a room makes a map without it the current one, and only then reads all passes.
 //!
 //! With a barrier between the two steps on each side ([`Barrier`]) one of them sees the other: either the room is on a
-//! pass, or its owner finds that its map is old. So when no pass names a room that the current map does not have, nobody
+//! pass, or its owner finds that its map is old. The kernel makes that barrier, and who enters pays nothing; where it
+//! does not, `usual` is null and `closings` never zero, so that who enters or leaves goes the way that has a barrier of its
+//! own. So when no pass names a room that the current map does not have, nobody
 //! is in it, and nobody will be. Maps are freed by the same rule: a pass names its map before its owner reads it.
 //!
 //! Closing does not wait for ever, and from within any room not at all: two threads could wait for each other. The room
@@ -23,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::time::{Duration, Instant};
 
-use super::barrier::Barrier;
+use super::barrier::{self, Barrier};
 use crate::sync::{
     AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Condvar, Mutex, MutexGuard, lock, thread_token,
 };
@@ -41,11 +43,28 @@ pub(super) struct Gate<K, M, R> {
 /// What everybody reads all the time, apart from what is written more often.
 #[repr(align(128))]
 struct Read<M> {
+    /// The current map once more, for who needs no barrier; null if all do. Stored after `current`.
+    usual: AtomicPtr<M>,
+    /// How many rooms are being closed, and one if who leaves needs a barrier.
+    closings: AtomicUsize,
     /// Never null.
     current: AtomicPtr<M>,
-    /// How many rooms are being closed.
-    closings: AtomicUsize,
     barrier: Barrier,
+}
+
+impl<M> Read<M> {
+    /// Whether this map is the current one, after a store that who changes the map looks for.
+    fn is_current(&self, map: *mut M) -> bool {
+        barrier::full();
+        self.current.load(Acquire) == map
+    }
+
+    /// As [`is_current`](Self::is_current), at no cost; may say no when it is.
+    #[inline(always)]
+    fn is_usual(&self, map: *mut M) -> bool {
+        Barrier::light();
+        self.usual.load(Acquire) == map
+    }
 }
 
 // SAFETY: maps, rooms and what the keeper works on are given from thread to thread and shared by them; the raw pointers
@@ -86,6 +105,16 @@ pub(super) struct Pass<M, R> {
     pub(super) counts: Counts,
 }
 
+impl<M, R> Pass<M, R> {
+    /// Says that its owner is about to enter.
+    #[inline(always)]
+    fn announce(&self, room: NonNull<R>) {
+        self.thread.store(thread_token(), Relaxed);
+        // Release: who reads it as ours also reads the thread as ours.
+        self.room.store(room.as_ptr(), Release);
+    }
+}
+
 /// Events, each counted by a pass's owner only.
 #[derive(Default)]
 pub(super) struct Counts([AtomicU64; Counts::KINDS]);
@@ -110,11 +139,17 @@ pub(super) enum Closed {
 
 impl<K, M, R> Gate<K, M, R> {
     pub(super) fn new(work: K, first: M) -> Self {
+        Self::with_barrier(work, first, Barrier::new())
+    }
+
+    pub(super) fn with_barrier(work: K, first: M, barrier: Barrier) -> Self {
+        let first = Box::into_raw(Box::new(first));
         Gate {
             read: Read {
-                current: AtomicPtr::new(Box::into_raw(Box::new(first))),
-                closings: AtomicUsize::new(0),
-                barrier: Barrier::new(),
+                usual: AtomicPtr::new(if barrier.is_light() { first } else { ptr::null_mut() }),
+                closings: AtomicUsize::new(usize::from(!barrier.is_light())),
+                current: AtomicPtr::new(first),
+                barrier,
             },
             passes: AtomicPtr::new(ptr::null_mut()),
             keeper: Mutex::new(Keeper { work, old: Vec::new(), passes: 0 }),
@@ -130,7 +165,11 @@ impl<K, M, R> Gate<K, M, R> {
 
     /// Makes this the current map.
     pub(super) fn publish(&self, keeper: &mut Keeper<K, M>, map: M) {
-        let old = self.read.current.swap(Box::into_raw(Box::new(map)), AcqRel);
+        let map = Box::into_raw(Box::new(map));
+        let old = self.read.current.swap(map, AcqRel);
+        if self.read.barrier.is_light() {
+            self.read.usual.store(map, Release);
+        }
         keeper.old.extend(NonNull::new(old));
         // Each pass may hold one map for as long as its owner sleeps; a barrier for more than a few others is well spent.
         if keeper.passes == 0 || keeper.old.len() >= 2 * keeper.passes + 8 {
@@ -210,13 +249,36 @@ impl<K, M, R> Gate<K, M, R> {
         pass.taken.store(false, Release);
     }
 
+    /// Calls `find` with the map that the pass names, and enters the room that it finds, if that is the current map as far as
+    /// can be said at no cost. `None`: nothing found, or not said. Then [`enter`](Self::enter) is to be asked, which is kept
+    /// out of the way of this: what few need costs all some registers.
+    ///
+    /// # Safety
+    /// As of [`enter`](Self::enter).
+    #[inline(always)]
+    pub(super) unsafe fn enter_at_once<'g, X>(
+        &'g self,
+        pass: &'g Pass<M, R>,
+        find: impl Fn(&M) -> Option<(NonNull<R>, X)>,
+    ) -> Option<(&'g R, X)> {
+        let map = pass.map.load(Relaxed);
+        // SAFETY: the pass named it when it was current (`take_map`), so it is not freed.
+        let (room, more) = find(unsafe { &*map })?;
+        pass.announce(room);
+        if self.read.is_usual(map) {
+            // SAFETY: the pass names the room, and after that its map was current: who closes the room after that sees it.
+            return Some((unsafe { room.as_ref() }, more));
+        }
+        self.leave(pass);
+        None
+    }
+
     /// Calls `find` with the current map, and enters the room that it finds. What else it finds is handed on.
     ///
     /// # Safety
     /// The caller owns this pass of this gate, is in no room with it, and calls [`leave`](Self::leave) when it was given a
     /// room, which it does not use afterwards. `find` gives rooms that the map leads to; whoever publishes a map keeps
     /// each of its rooms until it has been [closed](Self::close) after a later map.
-    #[inline(always)]
     pub(super) unsafe fn enter<'g, X, E>(
         &'g self,
         pass: &'g Pass<M, R>,
@@ -224,16 +286,12 @@ impl<K, M, R> Gate<K, M, R> {
     ) -> Result<(&'g R, X), E> {
         loop {
             let map = pass.map.load(Relaxed);
-            // SAFETY: the pass named it when it was current (`take_map`), so it is not freed.
+            // SAFETY: as in `enter_at_once`.
             match find(unsafe { &*map }) {
                 Ok((room, more)) => {
-                    pass.thread.store(thread_token(), Relaxed);
-                    // Release: who reads it as ours also reads the thread as ours.
-                    pass.room.store(room.as_ptr(), Release);
-                    self.read.barrier.light();
-                    if self.read.current.load(Acquire) == map {
-                        // SAFETY: the pass names the room, and after that its map was current: who closes the room
-                        // after that sees it.
+                    pass.announce(room);
+                    if self.read.is_current(map) {
+                        // SAFETY: as in `enter_at_once`.
                         return Ok((unsafe { room.as_ref() }, more));
                     }
                     self.leave(pass);
@@ -252,7 +310,7 @@ impl<K, M, R> Gate<K, M, R> {
     #[inline(always)]
     pub(super) fn leave(&self, pass: &Pass<M, R>) {
         pass.room.store(ptr::null_mut(), Release);
-        self.read.barrier.light();
+        Barrier::light();
         if self.read.closings.load(Relaxed) != 0 {
             self.left_while_closing();
         }
@@ -260,6 +318,12 @@ impl<K, M, R> Gate<K, M, R> {
 
     #[cold]
     fn left_while_closing(&self) {
+        if !self.read.barrier.is_light() {
+            barrier::full();
+            if self.read.closings.load(Relaxed) == 1 {
+                return;
+            }
+        }
         let mut closing = lock(&self.closing);
         let quiet: Vec<Arc<R>> = closing.extract_if(.., |room| self.is_quiet(Arc::as_ptr(room))).collect();
         self.left.notify_all();
@@ -276,8 +340,7 @@ impl<K, M, R> Gate<K, M, R> {
             let map = self.read.current.load(Acquire);
             // Release: the map before is not read any more.
             pass.map.store(map, Release);
-            self.read.barrier.light();
-            if self.read.current.load(Acquire) == map {
+            if self.read.is_current(map) {
                 return;
             }
         }

@@ -3,7 +3,8 @@
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p vm-device --lib --target-dir target/loom loom`
 //!
-//! Loom has no membarrier(2): both sides have a full barrier here, which is what the system call makes of the light one.
+//! Loom has no membarrier(2): the light barrier is a full one here, which is what the system call makes of it. Each test is also
+//! run as where the kernel does not help.
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -13,6 +14,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::atomic::AtomicUsize;
 use loom::thread;
 
+use super::barrier::Barrier;
 use super::gate::{Closed, Gate};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -79,12 +81,16 @@ type TestGate = Gate<(), Map, Owner>;
 /// Enters the room if there is one; whether there was.
 fn visit(gate: &TestGate, then: impl FnOnce(&TestGate)) -> bool {
     let pass = gate.take_pass(|()| None);
+    let find = |map: &Map| {
+        map.owner.inside.look();
+        map.room.map(|room| (room, ()))
+    };
     // SAFETY: the pass is ours, and is left and given back below.
     let found = unsafe {
-        gate.enter(pass, |map| {
-            map.owner.inside.look();
-            map.room.map(|room| (room, ())).ok_or(())
-        })
+        match gate.enter_at_once(pass, find) {
+            Some(found) => Ok(found),
+            None => gate.enter(pass, |map| find(map).ok_or(())),
+        }
     };
     let there = found.is_ok();
     if let Ok((room, ())) = found {
@@ -105,18 +111,23 @@ fn close(gate: &TestGate, room: Arc<Owner>, patience: Duration) -> Closed {
     gate.close(room, patience)
 }
 
-fn check(test: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
-    builder.check(test);
+/// With and without the kernel's help.
+fn check(test: impl Fn(fn() -> Barrier) + Send + Sync + 'static) {
+    let test = Arc::new(test);
+    for barrier in [Barrier::new, Barrier::without_kernel] {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        let test = test.clone();
+        builder.check(move || test(barrier));
+    }
 }
 
 #[test]
 fn loom_a_closed_room_is_quiet() {
-    check(|| {
+    check(|barrier| {
         let (room, inside, dropped) = owner();
         let room = Arc::new(room);
-        let gate: Arc<TestGate> = Arc::new(Gate::new((), map(Some(&room))));
+        let gate: Arc<TestGate> = Arc::new(Gate::with_barrier((), map(Some(&room)), barrier()));
         let visitor = thread::spawn({
             let gate = gate.clone();
             move || {
@@ -136,10 +147,10 @@ fn loom_a_closed_room_is_quiet() {
 
 #[test]
 fn loom_a_room_that_is_closed_from_inside_is_dropped_by_who_leaves_last() {
-    check(|| {
+    check(|barrier| {
         let (room, inside, dropped) = owner();
         let room = Arc::new(room);
-        let gate: Arc<TestGate> = Arc::new(Gate::new((), map(Some(&room))));
+        let gate: Arc<TestGate> = Arc::new(Gate::with_barrier((), map(Some(&room)), barrier()));
         let other = thread::spawn({
             let gate = gate.clone();
             move || visit(&gate, |_| ())
@@ -157,10 +168,10 @@ fn loom_a_room_that_is_closed_from_inside_is_dropped_by_who_leaves_last() {
 
 #[test]
 fn loom_a_deferred_close_ends_with_the_visit() {
-    check(|| {
+    check(|barrier| {
         let (room, inside, dropped) = owner();
         let room = Arc::new(room);
-        let gate: Arc<TestGate> = Arc::new(Gate::new((), map(Some(&room))));
+        let gate: Arc<TestGate> = Arc::new(Gate::with_barrier((), map(Some(&room)), barrier()));
         let visitor = thread::spawn({
             let gate = gate.clone();
             move || visit(&gate, |_| ())
@@ -174,10 +185,10 @@ fn loom_a_deferred_close_ends_with_the_visit() {
 
 #[test]
 fn loom_a_map_is_not_freed_while_it_is_read() {
-    check(|| {
+    check(|barrier| {
         let (room, inside, _) = owner();
         let room = Arc::new(room);
-        let gate: Arc<TestGate> = Arc::new(Gate::new((), map(Some(&room))));
+        let gate: Arc<TestGate> = Arc::new(Gate::with_barrier((), map(Some(&room)), barrier()));
         let visitor = thread::spawn({
             let gate = gate.clone();
             move || {

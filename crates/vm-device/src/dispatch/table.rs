@@ -167,29 +167,31 @@ impl<A: Space> Ranges<A> {
     }
 
     #[inline(always)]
-    fn find(&self, first: A, last: A, hint: &AtomicUsize) -> Result<(NonNull<Slot>, Found<A>), Miss> {
+    fn find(&self, first: A, last: A, hint: &AtomicUsize) -> Option<(NonNull<Slot>, Found<A>)> {
         let known = hint.load(Ordering::Relaxed);
         if known & STREAK == STREAK
             && let Some(row) = self.rows.get(known / (STREAK + 1))
             && row.base <= first
             && last <= row.last
         {
-            return Ok(row.found());
+            return Some(row.found());
         }
-        let behind = self.bases.partition_point(|base| *base <= first);
-        let at = behind.wrapping_sub(1);
-        if let Some(row) = self.rows.get(at)
-            && last <= row.last
-        {
-            let same = known / (STREAK + 1) == at && known & STREAK != STREAK;
-            hint.store(if same { known + 1 } else { at * (STREAK + 1) }, Ordering::Relaxed);
-            return Ok(row.found());
-        }
-        Err(self.miss(behind, first, last))
+        let at = self.behind(first).wrapping_sub(1);
+        let row = self.rows.get(at).filter(|row| last <= row.last)?;
+        let same = known / (STREAK + 1) == at && known & STREAK != STREAK;
+        hint.store(if same { known + 1 } else { at * (STREAK + 1) }, Ordering::Relaxed);
+        Some(row.found())
     }
 
-    #[cold]
-    fn miss(&self, behind: usize, first: A, last: A) -> Miss {
+    /// How many ranges begin at or before this address.
+    #[inline(always)]
+    fn behind(&self, first: A) -> usize {
+        self.bases.partition_point(|base| *base <= first)
+    }
+
+    /// Why nothing was found.
+    fn miss(&self, first: A, last: A) -> Miss {
+        let behind = self.behind(first);
         let before = behind.checked_sub(1).and_then(|at| self.rows.get(at));
         let touched = before.is_some_and(|row| first <= row.last)
             || self.bases.get(behind).is_some_and(|base| *base <= last);
@@ -330,31 +332,79 @@ unsafe fn access<A: Space>(
     };
     let last = range.last();
     let hint = &pass.hints[A::HINT];
-    // SAFETY: the caller's pass; left below, on every way. Tables lead to slots that are closed after they were taken out
-    // (`IoSpace`).
-    let (slot, found) = match unsafe { gate.enter(pass, |table| A::ranges(table).find(addr, last, hint)) } {
-        Ok(found) => found,
-        Err(Miss::Unclaimed) => return Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
-        Err(Miss::Straddling) => return Err(refuse(pass, kind::STRADDLING, Error::DeviceNotFound)),
-    };
-    let done = match found.device {
-        Some(device) => {
-            // SAFETY: the slot has it, and we are in the slot until we leave.
-            let device = unsafe { device.as_ref() };
-            match catch_unwind(AssertUnwindSafe(|| call(device, found.base, addr - found.base))) {
-                Ok(()) => Ok(()),
-                Err(thrown) => {
-                    // It may panic again when it is dropped.
-                    std::mem::forget(thrown);
-                    Err(fail(gate, pass, slot))
-                }
-            }
+    // SAFETY: the caller's pass; `inside` leaves. Tables lead to slots that are closed after they were taken out (`IoSpace`).
+    unsafe {
+        match gate.enter_at_once(pass, |table| A::ranges(table).find(addr, last, hint)) {
+            Some((slot, found)) => inside(gate, pass, addr, (slot, found), call),
+            None => access_anew(gate, pass, addr, last, call),
         }
-        None if slot.has_failed() => Err(refuse(pass, kind::FAILED, Error::DeviceFailed)),
-        None => Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
+    }
+}
+
+/// An access that reaches nothing, or by a new table; up to its `last` byte.
+///
+/// # Safety
+/// As of [`read`].
+#[cold]
+#[inline(never)]
+unsafe fn access_anew<A: Space>(
+    gate: &IoGate,
+    pass: &IoPass,
+    addr: A,
+    last: A,
+    call: impl FnOnce(&A::Device, A, A::V),
+) -> Result<(), Error> {
+    let find = |table: &Table| {
+        let ranges = A::ranges(table);
+        ranges.find(addr, last, &pass.hints[A::HINT]).ok_or_else(|| ranges.miss(addr, last))
+    };
+    // SAFETY: as of `access`.
+    unsafe {
+        match gate.enter(pass, find) {
+            Ok(entered) => inside(gate, pass, addr, entered, call),
+            Err(Miss::Unclaimed) => Err(refuse(pass, kind::UNCLAIMED, Error::DeviceNotFound)),
+            Err(Miss::Straddling) => Err(refuse(pass, kind::STRADDLING, Error::DeviceNotFound)),
+        }
+    }
+}
+
+/// The rest of an access, from within the slot; leaves it.
+///
+/// # Safety
+/// The caller owns this pass of this gate, and has entered the slot with it and this.
+#[inline(always)]
+unsafe fn inside<A: Space>(
+    gate: &IoGate,
+    pass: &IoPass,
+    addr: A,
+    (slot, found): (&Slot, Found<A>),
+    call: impl FnOnce(&A::Device, A, A::V),
+) -> Result<(), Error> {
+    let Some(device) = found.device else { return Err(refuse_from(gate, pass, slot)) };
+    // SAFETY: the slot has it, and we are in the slot until we leave.
+    let device = unsafe { device.as_ref() };
+    match catch_unwind(AssertUnwindSafe(|| call(device, found.base, addr - found.base))) {
+        Ok(()) => {
+            gate.leave(pass);
+            Ok(())
+        }
+        Err(thrown) => {
+            // It may panic again when it is dropped.
+            std::mem::forget(thrown);
+            Err(fail(gate, pass, slot))
+        }
+    }
+}
+
+/// The slot's device is not to be called.
+#[cold]
+fn refuse_from(gate: &IoGate, pass: &IoPass, slot: &Slot) -> Error {
+    let (kind, error) = match slot.has_failed() {
+        true => (kind::FAILED, Error::DeviceFailed),
+        false => (kind::UNCLAIMED, Error::DeviceNotFound),
     };
     gate.leave(pass);
-    done
+    refuse(pass, kind, error)
 }
 
 /// Nobody calls it any more, but for who found it in the table before.
@@ -365,6 +415,7 @@ fn fail(gate: &IoGate, pass: &IoPass, slot: &Slot) -> Error {
     keeper.work.changed(slot);
     show(gate, &mut keeper);
     drop(keeper);
+    gate.leave(pass);
     refuse(pass, kind::PANICS, Error::DeviceFailed)
 }
 

@@ -72,6 +72,9 @@ fn each_way_reads_and_writes_what_is_in_the_file() {
                     Err(error) => panic!("{error}"),
                 };
                 let mut host = host(layout, image, |options| options.aio = aio);
+                let mut block = [0; 4];
+                host.config().read(20, &mut block);
+                assert_eq!(block, 512u32.to_le_bytes(), "how the host reads it is not the guest's business");
                 assert_eq!(ask(&mut host, IN, 0, &[], 4096), (OK, original[..4096].to_vec(), 4097));
                 // Neither offset nor length nor address are those of pages.
                 assert_eq!(ask(&mut host, IN, 3, &[], 1024).1, original[1536..2560]);

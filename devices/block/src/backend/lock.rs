@@ -7,8 +7,9 @@
 //! what it does not bear is done; so of two who come at once at least one sees the other.
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
-use super::syscall;
+use super::{OpenError, syscall};
 
 /// "Does n".
 const DOES: i64 = 100;
@@ -19,23 +20,15 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// Why the lock is not ours.
-#[derive(Debug)]
-pub(super) enum LockError {
-    /// Somebody else has it.
-    Taken(&'static str),
-    /// The file system has no locks, or the call failed.
-    Failed(io::Error),
-}
-
-impl From<io::Error> for LockError {
-    fn from(error: io::Error) -> Self {
-        LockError::Failed(error)
-    }
-}
-
 /// Locks the file: a reader bears no writer, a writer neither writers nor (by their own choice) readers.
-pub(super) fn lock(file: BorrowedFd<'_>, read_only: bool) -> Result<(), LockError> {
+pub(super) fn lock(file: BorrowedFd<'_>, path: &Path, read_only: bool) -> Result<(), OpenError> {
+    let taken =
+        try_lock(file, read_only).map_err(|error| OpenError::NoLock { path: path.to_owned(), error })?;
+    taken.map_or(Ok(()), |what| Err(OpenError::Locked { path: path.to_owned(), what }))
+}
+
+/// What of it is taken, if it is.
+fn try_lock(file: BorrowedFd<'_>, read_only: bool) -> io::Result<Option<&'static str>> {
     let does: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
     let bears_not = [WRITE, RESIZE];
     for n in does {
@@ -46,13 +39,13 @@ pub(super) fn lock(file: BorrowedFd<'_>, read_only: bool) -> Result<(), LockErro
     }
     for n in does {
         if syscall::is_locked(file, BEARS_NOT + n)? {
-            return Err(LockError::Taken("it does not bear what this device does"));
+            return Ok(Some("it does not bear what this device does"));
         }
     }
     for n in bears_not {
         if syscall::is_locked(file, DOES + n)? {
-            return Err(LockError::Taken("it writes"));
+            return Ok(Some("it writes"));
         }
     }
-    Ok(())
+    Ok(None)
 }

@@ -140,6 +140,15 @@ pub enum OpenError {
         /// What of it is taken.
         what: &'static str,
     },
+    /// It cannot be locked.
+    #[error("cannot lock {}: {error}; start with --lock off if nobody else uses it", path.display())]
+    NoLock {
+        /// The path as given.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// What is in it is not what it was said to be, or is not allowed.
     #[error("cannot use the image {}: {why}", path.display())]
     BadImage {

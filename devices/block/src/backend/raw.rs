@@ -12,8 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::lock::{self, LockError};
-use super::{Geometry, Image, OpenError, OpenOptions, Payload, StillWanted, syscall};
+use super::{Geometry, Image, OpenError, OpenOptions, Payload, StillWanted, lock, syscall};
 
 /// Where zeros have to be written, as many at once.
 const STEP: u64 = 1 << 20;
@@ -63,10 +62,7 @@ impl RawFile {
         };
         let file = open(if direct { libc::O_DIRECT } else { 0 })?;
         if lock {
-            lock::lock(file.as_fd(), read_only).map_err(|error| match error {
-                LockError::Taken(what) => OpenError::Locked { path: path.to_owned(), what },
-                LockError::Failed(error) => failed(error),
-            })?;
+            lock::lock(file.as_fd(), path, read_only)?;
         }
         let is_device = kind.is_block_device();
         let bytes = size(&file, is_device).map_err(failed)?;
@@ -78,7 +74,8 @@ impl RawFile {
         let mut cached = None;
         if direct {
             let alignment = alignment(&file, block);
-            block = block.max(alignment.offset);
+            // Not `block`, which says where partitions are: that does not depend on how the host reads the file.
+            physical = physical.max(alignment.offset);
             cached = Some((open(0)?, alignment));
         }
         let block = if block.is_power_of_two() { block.clamp(512, 1 << 16) } else { 512 };
@@ -168,7 +165,7 @@ fn size(file: &File, is_device: bool) -> io::Result<u64> {
     if is_device { file.seek(SeekFrom::End(0)) } else { Ok(file.metadata()?.size()) }
 }
 
-/// What direct transfers demand. File systems that do not say mostly want whole blocks, and always take pages.
+/// What direct transfers demand. Where nobody says it, pages are taken everywhere.
 fn alignment(file: &File, block: u32) -> Alignment {
     let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
     let known = stat.ok().filter(|stat| {
@@ -176,8 +173,8 @@ fn alignment(file: &File, block: u32) -> Alignment {
             && stat.stx_dio_offset_align.is_power_of_two()
             && stat.stx_dio_mem_align.is_power_of_two()
     });
-    known.map_or(Alignment { offset: block, memory: 4096 }, |stat| Alignment {
-        offset: stat.stx_dio_offset_align.max(512),
+    known.map_or(Alignment { offset: block.max(4096), memory: 4096 }, |stat| Alignment {
+        offset: stat.stx_dio_offset_align.max(block),
         memory: stat.stx_dio_mem_align,
     })
 }

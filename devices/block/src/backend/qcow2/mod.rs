@@ -29,8 +29,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions};
 
-use super::lock::{self, LockError};
-use super::{Geometry, Image, OpenError, OpenOptions, Payload, StillWanted};
+use super::{Geometry, Image, OpenError, OpenOptions, Payload, StillWanted, lock};
 
 /// Images over one another, at most: a chain that ends in itself has no end.
 const LAYERS: usize = 16;
@@ -190,10 +189,7 @@ fn file(path: &Path, read_only: bool, options: OpenOptions) -> Result<ImagoFile,
     let flags = if options.direct { libc::O_DIRECT } else { 0 };
     let file = File::options().read(true).write(!read_only).custom_flags(flags).open(path).map_err(failed)?;
     if options.lock {
-        lock::lock(file.as_fd(), read_only).map_err(|error| match error {
-            LockError::Taken(what) => OpenError::Locked { path: path.to_owned(), what },
-            LockError::Failed(error) => failed(error),
-        })?;
+        lock::lock(file.as_fd(), path, read_only)?;
     }
     let known = StorageOpenOptions::new().write(!read_only).direct(options.direct).filename(path);
     ImagoFile::from_open_file(file, known).map_err(failed)

@@ -174,6 +174,48 @@ fn policy_3_a_truncated_image_fails_what_it_lost_and_nothing_else() {
     }
 }
 
+/// A file system of a size of its own, as long as this lives; none without the right to mount one.
+struct Mounted(TempDir);
+
+impl Mounted {
+    fn new(size: &str) -> Option<Mounted> {
+        let directory = TempDir::new();
+        let size = format!("size={size}");
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "none"])
+            .arg(directory.path())
+            .output();
+        mount.is_ok_and(|mount| mount.status.success()).then(|| Mounted(directory))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn policy_3_a_full_file_system_fails_writes_until_there_is_room_again() {
+    for aio in WAYS {
+        let Some(place) = Mounted::new("256k") else {
+            println!("SKIP: no file system can be mounted here");
+            return;
+        };
+        let path = place.0.join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(BYTES).unwrap();
+        let mut host = host(RingLayout::Packed, image(&path, WRITABLE), |options| options.aio = aio);
+        let write = |host: &mut Host, n: u64| status(host, OUT, n * 128, &[7; 64 << 10]);
+        let full = (0..16).find(|n| write(&mut host, *n) == IOERR).expect("less room than the disk has");
+        assert!(full >= 2);
+        assert_eq!(ask(&mut host, IN, 128, &[], 512), (OK, vec![7; 512], 513));
+        // The guest makes room itself.
+        assert_eq!(status(&mut host, DISCARD, 0, &range(0, 128, 0)), OK);
+        assert_eq!(write(&mut host, full), OK, "{aio:?}");
+        assert_eq!(host.engine().stats(0).unwrap().requests.failed, 1);
+    }
+}
+
 #[test]
 fn policy_3_a_failing_image_fails_its_requests_and_comes_back() {
     for blocks in [false, true] {

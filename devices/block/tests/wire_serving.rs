@@ -2,6 +2,8 @@
 #![cfg(feature = "daemon")]
 mod support;
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,7 +11,7 @@ use support::{
     FLUSH, GET_ID, IN, IOERR, OK, OUT, SOON, UNSUPP, ask, ask_on, chain, connect, feature, image, pattern,
     start,
 };
-use vhost_user::ProtocolFeatures;
+use vhost_user::{BackendRequest, ProtocolFeatures};
 use virtio_testkit::daemon::{DaemonProcess, TempDir};
 use virtio_testkit::{Buf, RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{Features, GuestAddress, Status};
@@ -211,4 +213,49 @@ fn nothing_happens_while_nothing_is_asked() {
     let before = switches();
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(switches(), before, "no thread woke up");
+}
+
+/// From the operator's command to what QEMU and the guest are told.
+#[test]
+fn c5_2_6_2_a_resize_by_the_control_socket_reaches_the_front_end() {
+    let control = std::env::temp_dir().join(format!("virtio-block-control-{}", std::process::id()));
+    let world = started(&["--control-socket", control.to_str().unwrap()]);
+    let mut driver = connect(&world.socket, RingLayout::Packed);
+    let mut operator = UnixStream::connect(&control).unwrap();
+    let mut replies = BufReader::new(operator.try_clone().unwrap()).lines();
+    let mut say = |request: &str| {
+        writeln!(operator, "{request}").unwrap();
+        replies.next().unwrap().unwrap()
+    };
+    let told = |driver: &mut VhostUserDriver| {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let listener = driver.backend_requests().expect("a channel of the back-end");
+            if let Some(received) = listener.receive().unwrap() {
+                assert!(matches!(received.request, BackendRequest::ConfigChange));
+                return u64::from_le_bytes(
+                    driver.endpoint().get_config(0, 8, 0).unwrap().try_into().unwrap(),
+                );
+            }
+            assert!(Instant::now() < deadline, "the front-end is told");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    assert_eq!(ask(&mut driver, IN, BYTES / 512, &[], 512).0, IOERR);
+    let reply = say(r#"{"request":"run","command":"resize","arguments":{"bytes":2097152}}"#);
+    assert!(reply.contains("\"ok\""), "{reply}");
+    assert_eq!(told(&mut driver), 4096);
+    assert_eq!(std::fs::metadata(&world.image).unwrap().len(), 2 << 20);
+    assert_eq!(ask(&mut driver, IN, BYTES / 512, &[], 512), (OK, vec![0; 512]));
+    // Somebody else did it; the command looks.
+    std::fs::File::options().write(true).open(&world.image).unwrap().set_len(3 << 20).unwrap();
+    say(r#"{"request":"run","command":"resize","arguments":{}}"#);
+    assert_eq!(told(&mut driver), 6144);
+    let reply = say(r#"{"request":"get","property":"size"}"#);
+    assert!(reply.contains("3145728"), "{reply}");
+    // What makes no sense changes nothing.
+    for bytes in ["0", "511", "18446744073709551615"] {
+        let request = format!(r#"{{"request":"run","command":"resize","arguments":{{"bytes":{bytes}}}}}"#);
+        assert!(say(&request).contains("bad-value"));
+    }
 }

@@ -11,6 +11,7 @@ mod daemon;
 mod guarded;
 mod pci;
 mod proxy;
+mod qcow2;
 mod ring;
 mod transport;
 mod vsock;
@@ -22,6 +23,7 @@ pub use console::console;
 pub use daemon::{control, session};
 pub use pci::pci;
 pub use proxy::proxy;
+pub use qcow2::qcow2;
 pub use ring::{ring_packed, ring_split};
 pub use transport::{transport_ccw, transport_mmio, transport_pci};
 pub use vsock::vsock;
@@ -31,7 +33,7 @@ pub use wire::{wire_backend, wire_channel, wire_frontend};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     ("block", block),
     ("vsock", vsock),
     ("bus", bus),
@@ -44,6 +46,7 @@ pub const TARGETS: [Target; 16] = [
     ("wire_channel", wire_channel),
     ("session", session),
     ("proxy", proxy),
+    ("qcow2", qcow2),
     ("control", control),
     ("transport_mmio", transport_mmio),
     ("transport_pci", transport_pci),

@@ -230,7 +230,9 @@ fn qcow2(
                     return Err(unusable(path, format!("the format of its backing file is {other:?}")));
                 }
                 None => {
-                    let why = "it does not state the format of its backing file (qemu-img rebase -u -F can)";
+                    // Of an image of version 2 the library does not read it.
+                    let why = "it does not state the format of its backing file in a way that is read \
+                               (qemu-img amend -o compat=1.1, qemu-img rebase -u -F FORMAT)";
                     return Err(unusable(path, why));
                 }
             }

@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p backplane-bench --bench rings`: criterion's statistics of each cell, then a table of medians and
 //! ratios from rounds in which the variants take turns. `-- --quick`: a short table only, to see that it runs.
-//! `-- --table`: the table only. `-- --fastest`: each cell's fastest laps, for a busy machine, and in-flight tracking.
+//! `-- --table`: the table only. `-- --fastest`: each cell's fastest laps, for a busy machine, and in-flight tracking;
+//! `-- --fastest packed cycle`: of that row.
 //! `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
 #![allow(missing_docs, reason = "a benchmark has no interface")]
 #![allow(unreachable_pub, reason = "a benchmark has no interface")]
@@ -174,10 +175,14 @@ fn one(arguments: &[String]) {
 }
 
 /// The fastest laps of all rows, with what in-flight tracking adds to ours: medians of several sets of memory.
-fn fastest() {
+fn fastest(wanted: &[String]) {
     println!("nanoseconds a chain, fastest laps: bare, ours, ours with in-flight tracking\n");
     for packed in [false, true] {
         for row in &ROWS {
+            let is = |wanted: &String| wanted == row.id || wanted == if packed { "packed" } else { "split" };
+            if !wanted.iter().all(is) {
+                continue;
+            }
             let mut found: [Vec<f64>; 3] = Default::default();
             for set in 0..8 {
                 let displaced = vec![0u8; set * 1040];
@@ -218,8 +223,10 @@ fn main() {
         table(&Effort { sets: 2, rounds: 5, chains: 2_000 });
         return;
     }
-    if has("--fastest") {
-        return fastest();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--fastest") {
+        // The last one is cargo's.
+        let wanted = arguments.iter().skip(at + 1).filter(|argument| *argument != "--bench").cloned();
+        return fastest(&wanted.collect::<Vec<_>>());
     }
     if !has("--table") {
         statistics();

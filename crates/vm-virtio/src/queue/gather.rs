@@ -1,8 +1,8 @@
 //! A chain while it is being popped: translates and counts its elements, in whatever table they are.
 //!
 //! A direct chain is walked quickly as long as everything is as usual: each element in one piece of the host, a place for
-//! it in the slot, nothing wrong. At the first element that is not, the quick walk leaves what it has in the slot
-//! ([`Gather::pause`]), and a careful one goes on from there ([`Gather::resume`]); only that one knows why a chain is
+//! it in the slot, nothing wrong. At the first element that is not, the quick walk leaves what it has in the slot,
+//! and a careful one goes on from there ([`Gather::resume`]); only that one knows why a chain is
 //! refused. So the quick walk is a function that calls nothing and comes back to nothing: what it works with stays in
 //! registers, and there are few instructions but those that each element needs.
 //!
@@ -10,7 +10,7 @@
 //! element would cost a dozen loads and stores; were it moved in and out of a `Result`, a stall for each copy of a field
 //! that was just written. So what is not inlined takes and returns single values, and the walks go through the
 //! device-readable and the device-writable part in two loops, each of which knows what it adds.
-use super::arena::{Arena, Shape, Slot};
+use super::arena::{Arena, Slot};
 use super::error::QueueError;
 use super::ring_mem::Desc;
 use super::{INDIRECT, MAX_CHAIN_BYTES, NEXT, WRITE};
@@ -20,14 +20,107 @@ use crate::memory::{Access, Directory, Segment};
 const NOT_TURNED: u32 = u32::MAX;
 
 /// How far a quick walk came.
-#[derive(PartialEq, Eq)]
 pub(super) enum Walked {
-    /// To the end of the chain.
-    Whole,
-    /// To an element that it could not add.
+    /// To the end of the chain, with so many elements. The slot has its counts.
+    Whole(u32),
+    /// To an element that it could not add. [`Gather::resume`] goes on.
     Unusual,
     /// To an element, which it added, behind which there is nothing where it says there is.
     Missing,
+}
+
+/// The quick walk of a direct chain into a slot that is not taken yet, from its first element on; `next` reads the
+/// element behind one. How far it came, and the last element. An element with one of these flags belongs to somebody else.
+///
+/// Its own loops, and not a `Gather`: fewer values than registers, so that little has to be stored.
+#[inline(always)]
+pub(super) fn quick<const FOREIGN: u16>(
+    arena: &Arena,
+    slot: &Slot,
+    mut desc: Desc,
+    flags: impl Fn(Desc) -> u16,
+    mut next: impl FnMut(Desc) -> Option<Desc>,
+) -> (Walked, Desc) {
+    let directory = arena.ram().directory();
+    let (mut at, end) = slot.room();
+    let (mut to_read, mut to_write, mut readable) = (0, 0, NOT_TURNED);
+    let walked = 'walk: {
+        while flags(desc) & (FOREIGN | WRITE | INDIRECT) == 0 {
+            if !add_quick(directory, &mut at, end, desc, Access::Read) {
+                break 'walk Walked::Unusual;
+            }
+            to_read += u64::from(desc.len());
+            if flags(desc) & NEXT == 0 {
+                break 'walk Walked::Whole(0);
+            }
+            match next(desc) {
+                Some(next) => desc = next,
+                None => break 'walk Walked::Missing,
+            }
+        }
+        if flags(desc) & (FOREIGN | INDIRECT) != 0 {
+            break 'walk Walked::Unusual;
+        }
+        readable = slot.count_to(at);
+        loop {
+            if !add_quick(directory, &mut at, end, desc, Access::Write) {
+                break 'walk Walked::Unusual;
+            }
+            to_write += u64::from(desc.len());
+            if flags(desc) & NEXT == 0 {
+                break 'walk Walked::Whole(0);
+            }
+            match next(desc) {
+                Some(next) => desc = next,
+                None => break 'walk Walked::Missing,
+            }
+            if flags(desc) & (FOREIGN | WRITE | INDIRECT) != WRITE {
+                break 'walk Walked::Unusual;
+            }
+        }
+    };
+    match walked {
+        // A chain that is too long, or as long as can be, is not usual. All that is shorter fits.
+        Walked::Whole(_) if (to_read + to_write) >> 32 == 0 => {
+            let count = slot.count_to(at);
+            slot.set_counts(count, readable.min(count), to_write as u32);
+            (Walked::Whole(count), desc)
+        }
+        Walked::Missing => (Walked::Missing, desc),
+        walked => {
+            std::hint::cold_path();
+            let added = matches!(walked, Walked::Whole(_));
+            slot.set_counts(slot.count_to(at) - u32::from(added), readable, 0);
+            (Walked::Unusual, desc)
+        }
+    }
+}
+
+/// Adds an element at this place of a slot that is not taken, if it is in one piece of the host and the place is before
+/// the end; else does nothing. The place must be in the slot's room, which ends there, or its end.
+#[inline(always)]
+fn add_quick(
+    directory: &Directory,
+    at: &mut *mut Segment,
+    end: *mut Segment,
+    desc: Desc,
+    access: Access,
+) -> bool {
+    let host = match directory.lookup(desc.addr, desc.len(), access) {
+        Some(host) if *at != end => host,
+        _ => return false,
+    };
+    // SAFETY: the place is below the end of the slot's room, which is the queue's as long as it is not taken. The directory
+    // is of the snapshot that the slot's epoch keeps as long as it is taken.
+    unsafe { at.write(Segment::new(host, desc.len() as usize)) };
+    *at = at.wrapping_add(1);
+    true
+}
+
+/// Takes the element that a quick walk added last out again: it is the careful one's.
+pub(super) fn undo(slot: &Slot, last_is_written: bool) {
+    let (count, readable) = slot.counts();
+    slot.set_counts(count.saturating_sub(1), if last_is_written { readable } else { NOT_TURNED }, 0);
 }
 
 /// Invariant: `next` to `end` is room for segments in the slot's memory, which nobody reads before the slot is taken.
@@ -101,75 +194,9 @@ impl<'a> Gather<'a> {
         Ok(())
     }
 
-    /// The quick walk of a direct chain, from its first element on; `next` reads the element behind one. How far it came,
-    /// and the last element. An element with one of these flags belongs to somebody else.
-    #[inline(always)]
-    pub(super) fn walk<const FOREIGN: u16>(
-        &mut self,
-        mut desc: Desc,
-        flags: impl Fn(Desc) -> u16,
-        mut next: impl FnMut(Desc) -> Option<Desc>,
-    ) -> (Walked, Desc) {
-        while flags(desc) & (FOREIGN | WRITE | INDIRECT) == 0 {
-            if !self.add_usual(desc, Access::Read) {
-                return (Walked::Unusual, desc);
-            }
-            if flags(desc) & NEXT == 0 {
-                return (self.end(), desc);
-            }
-            match next(desc) {
-                Some(next) => desc = next,
-                None => return (Walked::Missing, desc),
-            }
-        }
-        if flags(desc) & (FOREIGN | INDIRECT) != 0 {
-            return (Walked::Unusual, desc);
-        }
-        self.turn();
-        loop {
-            if !self.add_usual(desc, Access::Write) {
-                return (Walked::Unusual, desc);
-            }
-            if flags(desc) & NEXT == 0 {
-                return (self.end(), desc);
-            }
-            match next(desc) {
-                Some(next) => desc = next,
-                None => return (Walked::Missing, desc),
-            }
-            if flags(desc) & (FOREIGN | WRITE | INDIRECT) != WRITE {
-                return (Walked::Unusual, desc);
-            }
-        }
-    }
-
-    /// The end of the quick walk. A chain that is too long, or as long as can be, is not usual.
-    #[inline(always)]
-    fn end(&mut self) -> Walked {
-        if self.bytes >> 32 == 0 {
-            return Walked::Whole;
-        }
-        self.undo();
-        Walked::Unusual
-    }
-
-    /// Takes the element that the quick walk added last out again: it is the careful one's.
-    #[inline(always)]
-    pub(super) fn undo(&mut self) {
-        std::hint::cold_path();
-        self.next = self.next.wrapping_sub(1);
-    }
-
-    /// Leaves what a quick walk has in the slot.
-    #[inline(always)]
-    pub(super) fn pause(&self, id: u16) {
-        let readable = self.readable.unwrap_or(NOT_TURNED);
-        self.slot.set_shape(&Shape { count: self.count(), readable, id, descs: 0, writable: 0 });
-    }
-
-    /// Goes on where a quick walk paused: with how many elements, and the id.
-    pub(super) fn resume(arena: &'a Arena, slot: &'a Slot) -> (Gather<'a>, u32, u16) {
-        let Shape { count, readable, id, .. } = slot.shape();
+    /// Goes on where a quick walk paused: with how many elements.
+    pub(super) fn resume(arena: &'a Arena, slot: &'a Slot) -> (Gather<'a>, u32) {
+        let (count, readable) = slot.counts();
         let (segs, end) = slot.room();
         let readable = (readable != NOT_TURNED).then_some(readable);
         let directory = arena.ram().directory();
@@ -180,7 +207,7 @@ impl<'a> Gather<'a> {
         let before = readable.unwrap_or(count) as usize;
         arena.set_surplus(0);
         let to_read: u64 = so_far.iter().take(before).map(|segment| segment.len() as u64).sum();
-        (Gather { arena, slot, directory, next, end, bytes, to_read, readable }, count, id)
+        (Gather { arena, slot, directory, next, end, bytes, to_read, readable }, count)
     }
 
     /// Adds a device-readable element, before all device-writable ones.
@@ -216,28 +243,24 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// The finished chain; `id` is the head (split) or the buffer id (packed), `descs` the ring's descriptors.
+    /// The end of the chain: the slot gets its counts. Not returned: two fields that were just written one by one and are then read
+    /// as one wait a dozen cycles.
     #[inline(always)]
-    pub(super) fn finish(self, id: u16, descs: u16) -> Result<Shape, QueueError> {
+    pub(super) fn finish(self) -> Result<(), QueueError> {
         // The sum is of 65535 lengths at most.
         if self.bytes > MAX_CHAIN_BYTES {
             return Err(QueueError::ChainTooLarge(self.bytes));
         }
-        Ok(self.shape(id, descs))
-    }
-
-    /// The same of a chain that a quick walk found the end of.
-    #[inline(always)]
-    pub(super) fn shape(&self, id: u16, descs: u16) -> Shape {
         let count = self.count();
         match self.readable {
-            None => Shape { count, readable: count, id, descs, writable: 0 },
+            None => self.slot.set_counts(count, count, 0),
             Some(readable) => {
                 // A part of 2^32 bytes is one byte shorter than what can be told of.
                 let writable = u32::try_from(self.bytes - self.to_read).unwrap_or(u32::MAX);
-                Shape { count, readable, id, descs, writable }
+                self.slot.set_counts(count, readable, writable);
             }
         }
+        Ok(())
     }
 }
 

@@ -1,5 +1,4 @@
 //! Indirect tables (2.7.5.3, 2.8.7): descriptors anywhere in guest memory, in one piece of the host's or several.
-use super::arena::Shape;
 use super::error::QueueError;
 use super::gather::{Gather, walk};
 use super::ring_mem::Desc;
@@ -78,16 +77,15 @@ impl<'a> Table<'a> {
 }
 
 /// The rest of a split ring's chain, if that is all of it: its table starts at index 0 and goes on by `next` (2.7.5.3).
-/// Returns the finished chain with this head.
 #[inline(always)]
-pub(super) fn split(mut chain: Gather<'_>, addr: u64, len: u32, head: u16) -> Result<Shape, QueueError> {
+pub(super) fn split(mut chain: Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
     let table = Table::new(chain.directory(), addr, len)?;
-    let Table::Whole(host, len) = table else { return split_any(chain, &table, head) };
+    let Table::Whole(host, len) = table else { return split_any(chain, &table) };
     let get = |index| Table::Whole(host, len).get(u32::from(index));
     // There is a first one, the length is not 0.
     let first = get(0).ok_or(QueueError::IndirectLength(0))?;
     match walk(&mut chain, first, get)? {
-        None => chain.finish(head, 1),
+        None => chain.finish(),
         Some(_) => Err(QueueError::NestedIndirect),
     }
 }
@@ -95,14 +93,14 @@ pub(super) fn split(mut chain: Gather<'_>, addr: u64, len: u32, head: u16) -> Re
 /// The same behind other elements of the chain.
 #[cold]
 #[inline(never)]
-pub(super) fn split_behind(chain: Gather<'_>, addr: u64, len: u32, head: u16) -> Result<Shape, QueueError> {
+pub(super) fn split_behind(chain: Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
     let table = Table::new(chain.directory(), addr, len)?;
-    split_any(chain, &table, head)
+    split_any(chain, &table)
 }
 
 #[cold]
 #[inline(never)]
-fn split_any(mut chain: Gather<'_>, table: &Table<'_>, head: u16) -> Result<Shape, QueueError> {
+fn split_any(mut chain: Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
     let mut index = 0;
     loop {
         let Some(desc) = table.get(u32::from(index)) else { return Err(QueueError::Next(index)) };
@@ -112,18 +110,17 @@ fn split_any(mut chain: Gather<'_>, table: &Table<'_>, head: u16) -> Result<Shap
         }
         chain.add_any(desc, flags & WRITE != 0)?;
         if flags & NEXT == 0 {
-            return chain.finish(head, 1);
+            return chain.finish();
         }
         index = desc.split_next();
     }
 }
 
-/// All of a packed ring's chain: the elements of its table, in order; only WRITE counts (2.8.7). Returns the finished
-/// chain with this buffer id.
+/// All of a packed ring's chain: the elements of its table, in order; only WRITE counts (2.8.7).
 #[inline(always)]
-pub(super) fn packed(mut chain: Gather<'_>, addr: u64, len: u32, id: u16) -> Result<Shape, QueueError> {
+pub(super) fn packed(mut chain: Gather<'_>, addr: u64, len: u32) -> Result<(), QueueError> {
     let table = Table::new(chain.directory(), addr, len)?;
-    let Table::Whole(host, len) = table else { return packed_any(chain, &table, id) };
+    let Table::Whole(host, len) = table else { return packed_any(chain, &table) };
     let get = |index| Table::Whole(host, len).get(index);
     // Both loops end after as many elements as the queue has entries at most, by the chain's own limit.
     let mut index = 0;
@@ -131,7 +128,7 @@ pub(super) fn packed(mut chain: Gather<'_>, addr: u64, len: u32, id: u16) -> Res
         match get(index) {
             Some(desc) if desc.packed_flags() & WRITE == 0 => chain.add_readable(desc)?,
             Some(desc) => break desc,
-            None => return chain.finish(id, 1),
+            None => return chain.finish(),
         }
         index += 1;
     };
@@ -142,17 +139,17 @@ pub(super) fn packed(mut chain: Gather<'_>, addr: u64, len: u32, id: u16) -> Res
         desc = match get(index) {
             Some(desc) if desc.packed_flags() & WRITE != 0 => desc,
             Some(_) => return Err(QueueError::ReadableAfterWritable),
-            None => return chain.finish(id, 1),
+            None => return chain.finish(),
         };
     }
 }
 
 #[cold]
 #[inline(never)]
-fn packed_any(mut chain: Gather<'_>, table: &Table<'_>, id: u16) -> Result<Shape, QueueError> {
+fn packed_any(mut chain: Gather<'_>, table: &Table<'_>) -> Result<(), QueueError> {
     for index in 0..table.len() {
         let Some(desc) = table.get(index) else { break };
         chain.add_any(desc, desc.packed_flags() & WRITE != 0)?;
     }
-    chain.finish(id, 1)
+    chain.finish()
 }

@@ -53,7 +53,6 @@ use arena::{Arena, Mark};
 use in_order::{InOrder, Run};
 use inflight::Tracker;
 use inflight::again::Again;
-use inflight::packed::PackedInflight;
 use inflight::split::SplitInflight;
 use iommu::Missing;
 use log::QueueLog;
@@ -94,14 +93,14 @@ enum Ring {
     Packed(Packed),
 }
 
-/// What there is to do beside the ring.
+/// What there is to do beside the ring, when chains are completed and published.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// Nothing.
     Short,
     /// In-flight tracking, and nothing else.
     Tracked,
-    /// Completions have an order, there is a log, or the ring is missing; perhaps in-flight tracking.
+    /// Completions have an order, there is a log, or the ring is missing.
     Long,
 }
 
@@ -188,7 +187,7 @@ impl Queue {
         };
         match (tracker, &mut ring) {
             (Some(Tracker::Split(tracker)), Ring::Split(ring)) => ring.inflight = Some(tracker),
-            (Some(Tracker::Packed(tracker)), Ring::Packed(ring)) => ring.inflight = Some(tracker),
+            (Some(Tracker::Packed(tracker)), Ring::Packed(ring)) => ring.inflight = Some(Box::new(tracker)),
             _ => {}
         }
         let in_order = features.contains(Features::IN_ORDER).then(|| Box::new(InOrder::new(config.size)));
@@ -234,7 +233,7 @@ impl Queue {
         };
         match chain {
             None => self.missed(),
-            Some(chain) if self.way != Way::Short => self.popped(chain),
+            Some(chain) if self.way == Way::Long => self.popped(chain),
             chain => chain,
         }
     }
@@ -253,14 +252,8 @@ impl Queue {
     /// Notes a chain that was popped where there is more than the ring.
     #[inline(never)]
     fn popped(&mut self, chain: Chain) -> Option<Chain> {
-        if let Some(slot) = self.arena.slot(&chain) {
-            match &mut self.ring {
-                Ring::Split(ring) => ring.track_popped(slot),
-                Ring::Packed(ring) => ring.track_popped(slot),
-            }
-            if let Some(in_order) = &mut self.in_order {
-                in_order.push(self.arena.index_of(slot));
-            }
+        if let (Some(slot), Some(in_order)) = (self.arena.slot(&chain), &mut self.in_order) {
+            in_order.push(self.arena.index_of(slot));
         }
         Some(chain)
     }
@@ -281,16 +274,17 @@ impl Queue {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
-        if self.way != Way::Short || self.arena.is_old(slot) || written > slot.writable_len() {
+        if self.way != Way::Short || !self.arena.is_usual(slot) || written > slot.writable_len() {
             let slot = self.arena.index_of(slot);
             return self.add_used_slowly(slot, written);
         }
         self.counters.bytes_written += u64::from(written);
+        // First, so that nothing is left to be done behind what the ring calls.
+        self.arena.release_usual(slot);
         match &mut self.ring {
-            Ring::Split(ring) => ring.put(slot.id(), written, 1),
-            Ring::Packed(ring) => ring.put(slot.id(), written, slot.descs()),
+            Ring::Split(ring) => ring.put_run(slot.id(), written, 1),
+            Ring::Packed(ring) => ring.put_run(slot.id(), written, slot.descs()),
         }
-        self.arena.release(slot);
     }
 
     /// Gives a chain up without a used entry: the queue is being reset, and the driver takes its buffers back itself.
@@ -311,7 +305,7 @@ impl Queue {
         self.choose_limit();
         match &mut self.ring {
             Ring::Split(ring) => drop(ring.inflight.take().map(SplitInflight::forget)),
-            Ring::Packed(ring) => drop(ring.inflight.take().map(PackedInflight::forget)),
+            Ring::Packed(ring) => drop(ring.inflight.take().map(|inflight| inflight.forget())),
         }
         self.choose_way();
     }
@@ -410,7 +404,10 @@ impl Queue {
         if self.arena.has_dropped() || self.way != Way::Short {
             return self.publish_otherwise();
         }
-        self.publish_ring()
+        match &mut self.ring {
+            Ring::Split(ring) => ring.publish(),
+            Ring::Packed(ring) => ring.publish(),
+        }
     }
 
     #[inline(never)]
@@ -418,7 +415,7 @@ impl Queue {
         if self.arena.has_dropped() || self.way == Way::Long {
             return self.publish_slowly();
         }
-        self.publish_tracked()
+        self.publish_ring()
     }
 
     #[inline(never)]
@@ -433,10 +430,10 @@ impl Queue {
             self.put_run(run);
         }
         if self.log.is_none() {
-            return self.publish_tracked();
+            return self.publish_ring();
         }
         let before = self.positions().1;
-        let wanted = self.publish_tracked();
+        let wanted = self.publish_ring();
         if self.positions().1 != before {
             self.log_rings();
         }
@@ -447,15 +444,7 @@ impl Queue {
     fn publish_ring(&mut self) -> bool {
         match &mut self.ring {
             Ring::Split(ring) => ring.publish(),
-            Ring::Packed(ring) => ring.publish(),
-        }
-    }
-
-    #[inline(always)]
-    fn publish_tracked(&mut self) -> bool {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.publish_tracked(),
-            Ring::Packed(ring) => ring.publish_tracked(),
+            Ring::Packed(ring) => ring.publish_noted(),
         }
     }
 
@@ -465,12 +454,10 @@ impl Queue {
             Ring::Packed(ring) => ring.inflight.is_some(),
         };
         let long = self.in_order.is_some() || self.log.is_some() || !self.has_ring();
-        self.way = if long {
-            Way::Long
-        } else if tracked {
-            Way::Tracked
-        } else {
-            Way::Short
+        self.way = match tracked {
+            _ if long => Way::Long,
+            true => Way::Tracked,
+            false => Way::Short,
         };
     }
 
@@ -702,14 +689,14 @@ impl Queue {
             self.counters.clamped += 1;
         }
         self.counters.bytes_written += u64::from(written);
-        if self.way != Way::Tracked || self.arena.is_old(at) {
+        if self.way != Way::Tracked || !self.arena.is_usual(at) {
             return self.complete_slowly(slot, written);
         }
+        self.arena.release_usual(at);
         match &mut self.ring {
-            Ring::Split(ring) => ring.put_tracked(at, written),
-            Ring::Packed(ring) => ring.put_tracked(at, written),
+            Ring::Split(ring) => ring.put(at, written),
+            Ring::Packed(ring) => ring.put(&self.arena, at, written),
         }
-        self.arena.release(at);
     }
 
     /// Completes the chain of a slot whose handle has ended.
@@ -721,9 +708,10 @@ impl Queue {
         }
         if self.in_order.is_none() {
             let Some(at) = self.arena.at(slot) else { return };
-            let run = Run { id: at.id(), written, chains: 1, descs: at.descs() };
-            self.put_run(run);
-            self.track_used(slot);
+            match &mut self.ring {
+                Ring::Split(ring) => ring.put(at, written),
+                Ring::Packed(ring) => ring.put(&self.arena, at, written),
+            }
             self.release(slot);
             return;
         }
@@ -745,21 +733,14 @@ impl Queue {
             let filled = at.written() == at.writable_len();
             let run = in_order.used(at.id(), at.written(), at.descs(), filled);
             at.hold(Mark::Out, 0);
+            match &mut self.ring {
+                Ring::Split(ring) => ring.note_used(at),
+                Ring::Packed(ring) => ring.note_used(&self.arena, at),
+            }
             if let Some(run) = run {
                 self.put_run(run);
             }
-            self.track_used(first);
             self.release(first);
-        }
-    }
-
-    /// The chain of this slot is part of the batch that is published next.
-    #[inline(always)]
-    fn track_used(&mut self, slot: u32) {
-        let Some(slot) = self.arena.at(slot) else { return };
-        match &mut self.ring {
-            Ring::Split(ring) => ring.track_used(slot),
-            Ring::Packed(ring) => ring.track_used(slot),
         }
     }
 
@@ -767,14 +748,14 @@ impl Queue {
     fn inflight_is_lost(&self) -> bool {
         match &self.ring {
             Ring::Split(ring) => ring.inflight.as_ref().is_some_and(SplitInflight::is_lost),
-            Ring::Packed(ring) => ring.inflight.as_ref().is_some_and(PackedInflight::is_lost),
+            Ring::Packed(ring) => ring.inflight.as_ref().is_some_and(|inflight| inflight.is_lost()),
         }
     }
 
     fn put_run(&mut self, run: Run) {
         match &mut self.ring {
-            Ring::Split(ring) => ring.put(run.id, run.written, run.chains),
-            Ring::Packed(ring) => ring.put(run.id, run.written, run.descs),
+            Ring::Split(ring) => ring.put_run(run.id, run.written, run.chains),
+            Ring::Packed(ring) => ring.put_kept(run.id, run.written, run.descs),
         }
     }
 

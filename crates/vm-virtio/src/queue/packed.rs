@@ -14,11 +14,11 @@
 //! completion. With many chains out the records do not fit the first-level cache; so a completion reads one line of
 //! them, the first. Publishing one buffer at a time is dearer by what is stored before it: the full barrier waits for
 //! all of that. Batches pay it once.
-use super::arena::{Arena, Shape, Slot};
+use super::arena::{Arena, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
-use super::gather::{Gather, Walked};
+use super::gather::{Gather, Walked, quick, undo};
 use super::indirect;
 use super::inflight::packed::PackedInflight;
 use super::ring_mem::{Cursor, Desc, EventArea, FOREIGN, PackedRing};
@@ -49,7 +49,8 @@ pub(super) struct Packed {
     room: u16,
     /// Whether the driver may still believe that kicks are wanted.
     armed: bool,
-    pub(super) inflight: Option<PackedInflight>,
+    /// Elsewhere: a queue without it has all that it needs in few cache lines.
+    pub(super) inflight: Option<Box<PackedInflight>>,
 }
 
 impl Packed {
@@ -104,7 +105,7 @@ impl Packed {
 
     /// Pops the next list. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
     /// Nothing moves in either case.
-    #[inline(never)]
+    #[inline]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
         let Some(slot) = arena.peek() else { return self.pop_more(arena) };
         let first = self.ring.read(self.next_avail)?;
@@ -118,32 +119,35 @@ impl Packed {
     }
 
     /// Pops a list that begins with this descriptor, none of which is a table.
-    #[inline(never)]
+    #[inline]
     fn pop_direct(&mut self, arena: &Arena, slot: &Slot, first: Desc) -> Option<Chain> {
         let mut at = self.next_avail;
-        let mut chain = Gather::new(arena, slot);
         let next = |_| {
             self.ring.step(&mut at);
             self.ring.read(at)
         };
-        let (walked, last) = chain.walk::<FOREIGN>(first, Desc::packed_flags, next);
+        let (walked, last) = quick::<FOREIGN>(arena, slot, first, Desc::packed_flags, next);
         // Nothing is missing: there is always a next one in the ring.
-        if walked != Walked::Whole {
-            chain.pause(0);
-            return self.pop_carefully(arena, slot, last);
-        }
+        let Walked::Whole(count) = walked else { return self.pop_carefully(arena, slot, last) };
         // As many as there are elements: no more than the ring has.
-        let descs = chain.count() as u16;
+        let descs = count as u16;
         let Some(room) = self.room.checked_sub(descs) else {
-            chain.undo();
-            chain.pause(0);
-            return self.pop_carefully(arena, slot, last);
+            return self.pop_too_many(arena, slot, last);
         };
         self.room = room;
+        self.note_popped(arena, slot);
         self.ring.step(&mut at);
         self.next_avail = at;
         // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
-        Some(arena.take(slot, &chain.shape(last.packed_id(), descs)))
+        Some(arena.take(slot, last.packed_id(), descs))
+    }
+
+    /// Notes the next list in the in-flight region.
+    #[inline(always)]
+    fn note_popped(&mut self, arena: &Arena, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.pop(arena, slot, self.next_avail.index());
+        }
     }
 
     /// Pops if there is a slot to be had.
@@ -162,58 +166,68 @@ impl Packed {
     fn pop_indirect(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
         let chain = Gather::new(arena, slot);
         let checked = self.check_table(desc);
-        let shape = checked.and_then(|()| indirect::packed(chain, desc.addr, desc.len(), desc.packed_id()));
-        self.take(arena, slot, shape)
+        let walked = checked.and_then(|()| indirect::packed(chain, desc.addr, desc.len()));
+        arena.settle(walked)?;
+        self.take(arena, slot, desc.packed_id(), 1)
     }
 
     /// Pops a list that the quick walk left, with this element.
     #[cold]
     #[inline(never)]
     fn pop_carefully(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
-        let (chain, before, _) = Gather::resume(arena, slot);
+        let (chain, before) = Gather::resume(arena, slot);
         let mut at = self.next_avail;
         // No more elements than the ring has descriptors.
         self.ring.advance(&mut at, before as u16);
         if desc.packed_flags() & FOREIGN != 0 {
             return arena.settle(Err(QueueError::NotAvailable(at.index())));
         }
-        let shape = rest(chain, desc, before as u16, || {
+        let walked = rest(chain, desc, before as u16, || {
             self.ring.step(&mut at);
             let next = self.ring.read(at).filter(|desc| desc.packed_flags() & FOREIGN == 0);
             next.ok_or(QueueError::NotAvailable(at.index()))
         });
-        self.take(arena, slot, shape)
+        let (id, descs) = arena.settle(walked)?;
+        self.take(arena, slot, id, descs)
+    }
+
+    /// Pops a list for which there is no room, whose last element this is.
+    #[cold]
+    #[inline(never)]
+    fn pop_too_many(&mut self, arena: &Arena, slot: &Slot, last: Desc) -> Option<Chain> {
+        undo(slot, last.packed_flags() & WRITE != 0);
+        self.pop_carefully(arena, slot, last)
     }
 
     /// Takes what was popped, if there is room for it.
     #[inline(always)]
-    fn take(&mut self, arena: &Arena, slot: &Slot, shape: Result<Shape, QueueError>) -> Option<Chain> {
-        let shape = arena.settle(shape)?;
-        let Some(room) = self.room.checked_sub(shape.descs) else {
+    fn take(&mut self, arena: &Arena, slot: &Slot, id: u16, descs: u16) -> Option<Chain> {
+        let Some(room) = self.room.checked_sub(descs) else {
             return arena.settle(Err(QueueError::TooManyOutstanding));
         };
         self.room = room;
-        self.ring.advance(&mut self.next_avail, shape.descs);
-        Some(arena.take(slot, &shape))
+        self.note_popped(arena, slot);
+        self.ring.advance(&mut self.next_avail, descs);
+        Some(arena.take(slot, id, descs))
     }
 
     /// Pops a list that was popped before, and whose descriptors these were: see [`Self::pop`].
     pub(super) fn pop_list(&self, arena: &Arena, descs: &[Desc]) -> Option<Chain> {
         let slot = arena.settle(arena.make())??;
-        let shape = arena.settle(self.gather_list(Gather::new(arena, slot), descs))?;
-        Some(arena.take(slot, &shape))
+        let (id, descs) = arena.settle(self.gather_list(Gather::new(arena, slot), descs))?;
+        Some(arena.take(slot, id, descs))
     }
 
-    fn gather_list(&self, chain: Gather<'_>, descs: &[Desc]) -> Result<Shape, QueueError> {
+    fn gather_list(&self, chain: Gather<'_>, descs: &[Desc]) -> Result<(u16, u16), QueueError> {
         const LENGTH: QueueError = QueueError::State("a list in flight has another length than it says");
         let [first, others @ ..] = descs else { return Err(LENGTH) };
         if others.is_empty() && first.packed_flags() & INDIRECT != 0 {
             self.check_table(*first)?;
-            return indirect::packed(chain, first.addr, first.len(), first.packed_id());
+            return indirect::packed(chain, first.addr, first.len()).map(|()| (first.packed_id(), 1));
         }
         let mut others = others.iter();
-        let shape = rest(chain, *first, 0, || others.next().copied().ok_or(LENGTH))?;
-        if others.next().is_some() { Err(LENGTH) } else { Ok(shape) }
+        let walked = rest(chain, *first, 0, || others.next().copied().ok_or(LENGTH))?;
+        if others.next().is_some() { Err(LENGTH) } else { Ok(walked) }
     }
 
     /// A list that is one descriptor and refers to a table. WRITE means nothing on it (2.8.7).
@@ -228,51 +242,57 @@ impl Packed {
         Ok(())
     }
 
-    /// Notes the list that was popped last in the in-flight region. Its descriptors are read once more: they do not
-    /// change, or who changed them is told of it when it comes back.
+    /// Writes a used descriptor for one list, and notes it. Calls nothing but at its end, as all that is done for each
+    /// chain.
     #[inline(always)]
-    pub(super) fn track_popped(&mut self, slot: &Slot) {
-        let mut at = self.ring.back(self.next_avail, slot.descs());
-        let ring = &self.ring;
-        if let Some(inflight) = &mut self.inflight {
-            let desc = |_| {
-                let desc = ring.read(at);
-                ring.step(&mut at);
-                desc
-            };
-            slot.set_entry(inflight.pop(slot.descs(), desc));
+    pub(super) fn put(&mut self, arena: &Arena, slot: &Slot, written: u32) {
+        let at = self.next_used;
+        let keep = if self.batch > 0 { self.ring.word(at) } else { None };
+        if let Some(inflight) = &mut self.inflight
+            && !inflight.put_in_order(slot, keep, at.index())
+        {
+            return self.put_elsewhere(arena, slot, written);
         }
+        self.put_run(slot.id(), written, slot.descs());
     }
 
-    /// Notes that the list is part of the batch that is published next.
-    #[inline(always)]
-    pub(super) fn track_used(&mut self, slot: &Slot) {
-        if let Some(inflight) = &mut self.inflight {
-            inflight.put(slot.entry());
-        }
+    #[cold]
+    #[inline(never)]
+    fn put_elsewhere(&mut self, arena: &Arena, slot: &Slot, written: u32) {
+        self.note_used(arena, slot);
+        self.put_kept(slot.id(), written, slot.descs());
     }
 
-    /// Writes a used descriptor for one list, and notes it.
-    #[inline(always)]
-    pub(super) fn put_tracked(&mut self, slot: &Slot, written: u32) {
-        self.put(slot.id(), written, slot.descs());
-        self.track_used(slot);
+    /// Notes that the list is part of the batch that is published next. Its used descriptor comes later, or is that of
+    /// another one (2.8.8).
+    pub(super) fn note_used(&mut self, arena: &Arena, slot: &Slot) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put(arena, slot, &self.ring);
+        }
     }
 
     /// Steps back over the list that was popped last.
     pub(super) fn unpop(&mut self, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
-            inflight.unpop(slot.entry());
+            inflight.unpop(slot);
         }
         let descs = slot.descs();
         self.room = self.room.saturating_add(descs);
         self.next_avail = self.ring.back(self.next_avail, descs);
     }
 
+    /// Writes a used descriptor, and keeps what was there.
+    pub(super) fn put_kept(&mut self, id: u16, written: u32, descs: u16) {
+        if let (Some(inflight), 1..) = (&self.inflight, self.batch) {
+            inflight.keep(&self.ring, self.next_used);
+        }
+        self.put_run(id, written, descs);
+    }
+
     /// Writes a used descriptor that passes over `descs` descriptors: of one list, or of a batch whose last has this
     /// id (2.8.8).
     #[inline(always)]
-    pub(super) fn put(&mut self, id: u16, written: u32, descs: u16) {
+    pub(super) fn put_run(&mut self, id: u16, written: u32, descs: u16) {
         let at = self.next_used;
         // WRITE says whether something was written, and only then the length means something (2.8.3, 2.8.4).
         let write = if written > 0 { u64::from(WRITE) << 48 } else { 0 };
@@ -285,6 +305,28 @@ impl Packed {
         // Not above `size`: the lists of a batch are in flight until it is published.
         self.batch = self.batch.wrapping_add(descs);
         self.ring.advance(&mut self.next_used, descs);
+    }
+
+    /// The same as [`Self::publish`], with what is in flight.
+    #[inline(always)]
+    pub(super) fn publish_noted(&mut self) -> bool {
+        if let (Some(inflight), 1..) = (&mut self.inflight, self.batch) {
+            inflight.publishing();
+            if inflight.has_saved() {
+                return self.publish_saved();
+            }
+        }
+        self.publish()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn publish_saved(&mut self) -> bool {
+        let wanted = self.publish();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.free_batch();
+        }
+        wanted
     }
 
     /// Makes the batch visible; whether the driver wants an interrupt for it (2.8.10).
@@ -311,15 +353,6 @@ impl Packed {
             // ENABLE; and what means nothing here (the reserved 3, DESC without the feature) loses no interrupt.
             _ => true,
         }
-    }
-
-    /// The same, with what is in flight.
-    #[inline(always)]
-    pub(super) fn publish_tracked(&mut self) -> bool {
-        if let Some(inflight) = &mut self.inflight {
-            inflight.publishing(self.next_used.position());
-        }
-        self.publish()
     }
 
     #[inline(always)]
@@ -355,13 +388,13 @@ impl Packed {
     }
 }
 
-/// The careful walk: adds an element, behind so many, and all that follow.
+/// The careful walk: adds an element, behind so many, and all that follow. The list's id and descriptors.
 fn rest(
     mut chain: Gather<'_>,
     mut desc: Desc,
     before: u16,
     mut next: impl FnMut() -> Result<Desc, QueueError>,
-) -> Result<Shape, QueueError> {
+) -> Result<(u16, u16), QueueError> {
     let mut descs = before;
     loop {
         let flags = desc.packed_flags();
@@ -373,7 +406,7 @@ fn rest(
         // A chain does not take more elements than the queue has entries.
         descs += 1;
         if flags & NEXT == 0 {
-            return chain.finish(desc.packed_id(), descs);
+            return chain.finish().map(|()| (desc.packed_id(), descs));
         }
         desc = next()?;
     }

@@ -66,8 +66,8 @@ impl Queue {
             for (addr, len) in &chain.writable {
                 gather.add_any(Desc::new(addr.0, u64::from(*len)), true)?;
             }
-            let shape = gather.finish(chain.id.0, chain.descs)?;
-            let handle = self.arena.take(slot, &shape);
+            gather.finish()?;
+            let handle = self.arena.take(slot, chain.id.0, chain.descs);
             let room = slot.writable_len();
             let slot = self.arena.index_of(slot);
             if let Some(in_order) = &mut self.in_order {

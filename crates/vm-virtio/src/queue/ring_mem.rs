@@ -245,12 +245,27 @@ impl PackedRing {
         self.words(at).map(word).is_some_and(|word| (word ^ at.bits) & (AVAIL | USED) == 0)
     }
 
-    /// Takes the used flags from the descriptor, if it has them, so that the driver does not take it for used. What else
-    /// is in it means nothing any more. The flags of the lap are those of available ones.
-    pub(super) fn make_available(&self, at: Cursor) {
-        if self.is(at.with_word(at.bits ^ USED)) {
-            self.store(at, at.bits);
-        }
+    /// Reads a descriptor as it is, without order.
+    pub(super) fn raw(&self, index: u16) -> Option<Desc> {
+        let (addr, word) = self.words(Cursor { offset: u32::from(index) * 16, bits: 0 })?;
+        let [addr, word] = [addr, word].map(|word| u64::from_le(word.load(Ordering::Relaxed)));
+        Some(Desc { addr, word })
+    }
+
+    /// The half of a descriptor that is not the address, as it is.
+    #[inline(always)]
+    pub(super) fn word(&self, at: Cursor) -> Option<u64> {
+        self.words(at).map(|(_, word)| u64::from_le(word.load(Ordering::Relaxed)))
+    }
+
+    /// Whether there is a used descriptor of this lap. The flags of the cursor are those of available ones.
+    pub(super) fn is_overwritten(&self, at: Cursor) -> bool {
+        self.is(at.with_word(at.bits ^ USED))
+    }
+
+    /// Puts back what was there before a used descriptor that no driver has looked at: available in this lap.
+    pub(super) fn make_available(&self, at: Cursor, desc: Desc) {
+        self.store(at, desc.word & !(AVAIL | USED) | at.bits);
     }
 
     /// Writes the second word of a used descriptor that no driver looks at yet.

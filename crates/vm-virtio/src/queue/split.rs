@@ -5,11 +5,13 @@
 //! entries are visible before it (2.7.8.2), and the look at `used_event` or the flags comes after it. The driver does
 //! the reverse - stores its event, full barrier, looks at the index (2.7.14) - so one of both sees the other: no
 //! interrupt is lost. Arming is the same with `avail_event` and the available index (2.7.13.4.1).
-use super::arena::{Arena, Shape, Slot};
+use std::cell::Cell;
+
+use super::arena::{Arena, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};
 use super::error::QueueError;
-use super::gather::{Gather, Walked};
+use super::gather::{Gather, Walked, quick};
 use super::indirect;
 use super::inflight::split::SplitInflight;
 use super::ring_mem::{AvailRing, Desc, Descs, UsedRing};
@@ -27,8 +29,8 @@ pub(super) struct Split {
     used: UsedRing,
     size: u16,
     negotiated: Negotiated,
-    /// The next buffer to pop: free-running.
-    next_avail: u16,
+    /// The next buffer to pop: free-running. A cell, so that it is read again where it is needed, not kept over a walk.
+    next_avail: Cell<u16>,
     /// The available index when it was read last.
     avail_idx: u16,
     /// The next used entry to write: free-running.
@@ -78,7 +80,7 @@ impl Split {
             used: UsedRing::new(&areas.device),
             size: config.size,
             negotiated,
-            next_avail: avail,
+            next_avail: Cell::new(avail),
             avail_idx: avail,
             next_used: used,
             published: used,
@@ -96,11 +98,11 @@ impl Split {
 
     /// Pops the next chain. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
     /// Nothing moves in either case.
-    #[inline(never)]
+    #[inline]
     pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
-        if self.next_avail == self.avail_idx {
+        if self.next_avail.get() == self.avail_idx {
             let idx = self.avail.idx();
-            let ahead = idx.wrapping_sub(self.next_avail);
+            let ahead = idx.wrapping_sub(self.next_avail.get());
             if ahead == 0 {
                 return None;
             }
@@ -110,30 +112,37 @@ impl Split {
             self.avail_idx = idx;
         }
         let Some(slot) = arena.peek() else { return self.pop_more(arena) };
-        let head = self.avail.head(self.next_avail);
+        let head = self.avail.head(self.next_avail.get());
         let Some(first) = self.desc.split(head) else { return self.refuse_head(arena, head) };
         if first.split_flags() & INDIRECT != 0 {
             return self.pop_indirect(arena, first, head);
         }
-        let mut chain = Gather::new(arena, slot);
+        // Now, so that the head need not be kept meanwhile.
+        slot.set_name(head, 1, arena.latest().wrapping_add(1));
         let (walked, last) =
-            chain.walk::<0>(first, Desc::split_flags, |desc| self.desc.split(desc.split_next()));
+            quick::<0>(arena, slot, first, Desc::split_flags, |desc| self.desc.split(desc.split_next()));
         match walked {
-            Walked::Whole => {}
-            Walked::Unusual => {
-                chain.pause(head);
-                return self.pop_carefully(arena, last);
-            }
+            Walked::Whole(_) => {}
+            Walked::Unusual => return self.pop_carefully(arena, last),
             Walked::Missing => return self.refuse_next(arena, last.split_next()),
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Some(arena.take(slot, &chain.shape(head, 1)))
+        self.popped(slot.id());
+        Some(arena.take_named(slot))
+    }
+
+    /// The chain with this head is taken.
+    #[inline(always)]
+    fn popped(&mut self, head: u16) {
+        self.next_avail.set(self.next_avail.get().wrapping_add(1));
+        if let Some(inflight) = &mut self.inflight {
+            inflight.pop(head);
+        }
     }
 
     #[cold]
     #[inline(never)]
     fn refuse_index(&self, arena: &Arena, idx: u16) -> Option<Chain> {
-        arena.settle(Err(QueueError::AvailIndex { idx, next: self.next_avail }))
+        arena.settle(Err(QueueError::AvailIndex { idx, next: self.next_avail.get() }))
     }
 
     #[cold]
@@ -162,10 +171,9 @@ impl Split {
         let slot = arena.peek()?;
         let chain = Gather::new(arena, slot);
         let checked = self.check_table(desc);
-        let shape =
-            arena.settle(checked.and_then(|()| indirect::split(chain, desc.addr, desc.len(), head)))?;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Some(arena.take(slot, &shape))
+        arena.settle(checked.and_then(|()| indirect::split(chain, desc.addr, desc.len())))?;
+        self.popped(head);
+        Some(arena.take(slot, head, 1))
     }
 
     /// Pops a chain that the quick walk left, with this element.
@@ -173,32 +181,33 @@ impl Split {
     #[inline(never)]
     fn pop_carefully(&mut self, arena: &Arena, desc: Desc) -> Option<Chain> {
         let slot = arena.peek()?;
-        let (chain, _, head) = Gather::resume(arena, slot);
-        let shape = arena.settle(self.rest(chain, desc, head))?;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Some(arena.take(slot, &shape))
+        let head = slot.id();
+        let (chain, _) = Gather::resume(arena, slot);
+        arena.settle(self.rest(chain, desc))?;
+        self.popped(head);
+        Some(arena.take(slot, head, 1))
     }
 
     /// Pops a chain that was popped before, by its head: see [`Self::pop`].
     pub(super) fn pop_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
         let slot = arena.settle(arena.make())??;
         let first = self.desc.split(head).ok_or(QueueError::Head(head));
-        let shape = first.and_then(|desc| self.rest(Gather::new(arena, slot), desc, head));
-        Some(arena.take(slot, &arena.settle(shape)?))
+        arena.settle(first.and_then(|desc| self.rest(Gather::new(arena, slot), desc)))?;
+        Some(arena.take(slot, head, 1))
     }
 
     /// The careful walk: adds an element and all that follow.
-    fn rest(&self, mut chain: Gather<'_>, mut desc: Desc, head: u16) -> Result<Shape, QueueError> {
+    fn rest(&self, mut chain: Gather<'_>, mut desc: Desc) -> Result<(), QueueError> {
         loop {
             let flags = desc.split_flags();
             if flags & INDIRECT != 0 {
                 // Zero or more direct ones may come before it (2.7.5.3.2).
                 self.check_table(desc)?;
-                return indirect::split_behind(chain, desc.addr, desc.len(), head);
+                return indirect::split_behind(chain, desc.addr, desc.len());
             }
             chain.add_any(desc, flags & WRITE != 0)?;
             if flags & NEXT == 0 {
-                return chain.finish(head, 1);
+                return chain.finish();
             }
             let next = desc.split_next();
             desc = self.desc.split(next).ok_or(QueueError::Next(next))?;
@@ -217,27 +226,19 @@ impl Split {
         Ok(())
     }
 
-    /// Notes the chain that was popped last in the in-flight region.
+    /// Writes a used entry for one chain, and notes it.
     #[inline(always)]
-    pub(super) fn track_popped(&mut self, slot: &Slot) {
-        if let Some(inflight) = &mut self.inflight {
-            inflight.pop(slot.id());
-        }
+    pub(super) fn put(&mut self, slot: &Slot, written: u32) {
+        self.note_used(slot);
+        self.put_run(slot.id(), written, 1);
     }
 
     /// Notes that the chain is part of the batch that is published next.
     #[inline(always)]
-    pub(super) fn track_used(&mut self, slot: &Slot) {
+    pub(super) fn note_used(&mut self, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
             inflight.put(slot.id());
         }
-    }
-
-    /// Writes a used entry for one chain, and notes it.
-    #[inline(always)]
-    pub(super) fn put_tracked(&mut self, slot: &Slot, written: u32) {
-        self.put(slot.id(), written, 1);
-        self.track_used(slot);
     }
 
     /// Steps back over the chain that was popped last.
@@ -245,12 +246,12 @@ impl Split {
         if let Some(inflight) = &mut self.inflight {
             inflight.unpop(head);
         }
-        self.next_avail = self.next_avail.wrapping_sub(1);
+        self.next_avail.set(self.next_avail.get().wrapping_sub(1));
     }
 
     /// Writes a used entry for `chains` chains, of which this is the last (more than one: 2.7.9).
     #[inline(always)]
-    pub(super) fn put(&mut self, id: u16, written: u32, chains: u16) {
+    pub(super) fn put_run(&mut self, id: u16, written: u32, chains: u16) {
         self.used.put(self.next_used, id, written);
         self.next_used = self.next_used.wrapping_add(chains);
     }
@@ -274,30 +275,20 @@ impl Split {
         }
     }
 
-    /// The same, with what is in flight.
-    #[inline(always)]
-    pub(super) fn publish_tracked(&mut self) -> bool {
-        let wanted = self.publish();
-        if let Some(inflight) = &mut self.inflight {
-            inflight.published(self.published);
-        }
-        wanted
-    }
-
     #[inline(always)]
     pub(super) fn has_available(&self) -> bool {
-        self.next_avail != self.avail_idx || self.avail.idx() != self.next_avail
+        self.next_avail.get() != self.avail_idx || self.avail.idx() != self.next_avail.get()
     }
 
     /// Asks for a kick at the next buffer; whether there is one already.
     pub(super) fn arm(&mut self) -> bool {
         self.armed = true;
         if self.negotiated.event_idx {
-            self.used.set_avail_event(self.next_avail);
+            self.used.set_avail_event(self.next_avail.get());
         } else {
             self.used.set_flags(0);
         }
-        self.avail.idx_after_barrier() != self.next_avail
+        self.avail.idx_after_barrier() != self.next_avail.get()
     }
 
     /// Asks for no kicks. With the event index an event that lies behind is enough: flags must stay 0 (2.7.10.2).
@@ -313,6 +304,6 @@ impl Split {
 
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
         let position = |index| RingPos { index, wrap: true };
-        (position(self.next_avail), position(self.published))
+        (position(self.next_avail.get()), position(self.published))
     }
 }

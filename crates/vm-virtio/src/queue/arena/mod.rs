@@ -49,11 +49,11 @@ pub(super) struct Slot {
     segs: Cell<*mut Segment>,
     /// Where the segments must end that are added without further checks: the room, or the longest chain.
     end: Cell<*mut Segment>,
-    count: Cell<u32>,
-    readable: Cell<u32>,
-    id: Cell<u16>,
-    descs: Cell<u16>,
-    seq: Cell<u32>,
+    /// Number of segments; of those, the device-readable ones (32 bits each). What a pop writes is few words: all stores
+    /// have to be in the cache before the barrier of a publication ends.
+    counts: Cell<u64>,
+    /// The chain's id, its descriptors of the ring (16 bits each), and its number among all that were popped (32).
+    name: Cell<u64>,
     /// Of the snapshot that the segments are in; for a free slot, of the current one.
     epoch: Cell<u32>,
     /// Bytes of the device-writable part.
@@ -71,40 +71,36 @@ pub(super) struct Slot {
 
 const _: () = assert!(size_of::<Slot>() == 128);
 
-/// What a chain is made of, as the walk found it.
-pub(super) struct Shape {
-    pub(super) count: u32,
-    pub(super) readable: u32,
-    pub(super) id: u16,
-    pub(super) descs: u16,
-    /// Bytes of the device-writable part, or `u32::MAX` if there are more.
-    pub(super) writable: u32,
-}
-
 impl Slot {
+    // The truncations below take the fields apart.
     #[inline(always)]
     pub(super) fn id(&self) -> u16 {
-        self.id.get()
+        self.name.get() as u16
     }
 
     #[inline(always)]
     pub(super) fn descs(&self) -> u16 {
-        self.descs.get()
+        (self.name.get() >> 16) as u16
     }
 
+    /// Names a slot that is not taken yet.
     #[inline(always)]
-    pub(super) fn set_shape(&self, shape: &Shape) {
-        self.count.set(shape.count);
-        self.readable.set(shape.readable);
-        self.id.set(shape.id);
-        self.descs.set(shape.descs);
-        self.writable.set(shape.writable);
+    pub(super) fn set_name(&self, id: u16, descs: u16, seq: u32) {
+        self.name.set(u64::from(id) | u64::from(descs) << 16 | u64::from(seq) << 32);
     }
 
-    pub(super) fn shape(&self) -> Shape {
-        let (count, readable) = (self.count.get(), self.readable.get());
-        let (descs, writable) = (self.descs.get(), self.writable.get());
-        Shape { count, readable, id: self.id.get(), descs, writable }
+    /// Number of segments, and of those the device-readable ones.
+    #[inline(always)]
+    pub(super) fn counts(&self) -> (u32, u32) {
+        let counts = self.counts.get();
+        (counts as u32, (counts >> 32) as u32)
+    }
+
+    /// With the bytes of the device-writable part, or `u32::MAX` if there are more.
+    #[inline(always)]
+    pub(super) fn set_counts(&self, count: u32, readable: u32, writable: u32) {
+        self.counts.set(u64::from(count) | u64::from(readable) << 32);
+        self.writable.set(writable);
     }
 
     /// Bytes of the device-writable part; a part of 2^32 bytes is one byte shorter than what can be told of.
@@ -115,7 +111,7 @@ impl Slot {
 
     #[inline(always)]
     pub(super) fn seq(&self) -> u32 {
-        self.seq.get()
+        (self.name.get() >> 32) as u32
     }
 
     #[inline(always)]
@@ -170,10 +166,11 @@ impl Slot {
     /// The device-readable and the device-writable segments.
     #[inline(always)]
     pub(super) fn segments(&self) -> (&[Segment], &[Segment]) {
+        let (count, readable) = self.counts();
         // SAFETY: `count` segments at `segs` are initialised and do not change while the slot is taken; who has a
         // `&Slot` of a free slot does not call this (private to the queue, which lends them by handle).
-        let all = unsafe { std::slice::from_raw_parts(self.segs.get(), self.count.get() as usize) };
-        all.split_at_checked(self.readable.get() as usize).unwrap_or((all, &[]))
+        let all = unsafe { std::slice::from_raw_parts(self.segs.get(), count as usize) };
+        all.split_at_checked(readable as usize).unwrap_or((all, &[]))
     }
 
     /// The end of a handle that nobody completed. Any thread.
@@ -362,11 +359,8 @@ impl Arena {
             slot.write(Slot {
                 segs: Cell::new(ptr::null_mut()),
                 end: Cell::new(ptr::null_mut()),
-                count: Cell::new(0),
-                readable: Cell::new(0),
-                id: Cell::new(0),
-                descs: Cell::new(0),
-                seq: Cell::new(0),
+                counts: Cell::new(0),
+                name: Cell::new(0),
                 epoch: Cell::new(self.epochs.number),
                 writable: Cell::new(0),
                 next: AtomicPtr::new(ptr::null_mut()),
@@ -385,14 +379,19 @@ impl Arena {
         Ok(Some(slot))
     }
 
-    /// Takes the slot that [`Self::peek`] gave, and which has its segments by now.
+    /// Takes the slot that [`Self::peek`] gave, and which has its segments and counts by now: `id` is the head (split) or
+    /// the buffer id (packed), `descs` the ring's descriptors.
     #[inline(always)]
-    pub(super) fn take(&self, slot: &Slot, shape: &Shape) -> Chain {
+    pub(super) fn take(&self, slot: &Slot, id: u16, descs: u16) -> Chain {
+        slot.set_name(id, descs, self.latest().wrapping_add(1));
+        self.take_named(slot)
+    }
+
+    /// The same of one that has its name by now, too.
+    #[inline(always)]
+    pub(super) fn take_named(&self, slot: &Slot) -> Chain {
         self.free.set(slot.next.load(Ordering::Relaxed));
-        slot.set_shape(shape);
-        let popped = self.popped.get() + 1;
-        slot.seq.set(popped as u32);
-        self.popped.set(popped);
+        self.popped.set(self.popped.get() + 1);
         Chain::new(NonNull::from(slot))
     }
 
@@ -434,6 +433,7 @@ impl Arena {
     }
 
     /// The number of the latest handle, cut off as slots have it.
+    #[inline(always)]
     pub(super) fn latest(&self) -> u32 {
         self.popped.get() as u32
     }
@@ -496,13 +496,24 @@ impl Arena {
     }
 
     /// Frees a slot whose handle has ended.
-    #[inline(always)]
     pub(super) fn release(&self, slot: &Slot) {
-        slot.next.store(self.free.get(), Ordering::Relaxed);
-        self.free.set(ptr::from_ref(slot).cast_mut());
+        self.release_usual(slot);
         if slot.class.get() > RETAINED {
             self.give_back(slot);
         }
+    }
+
+    /// Whether the slot is of the current snapshot and keeps its segments' memory: then [`Self::release_usual`] is enough.
+    #[inline(always)]
+    pub(super) fn is_usual(&self, slot: &Slot) -> bool {
+        !self.is_old(slot) && slot.class.get() <= RETAINED
+    }
+
+    /// Frees a usual slot whose handle has ended. What it says stays there until it is taken again.
+    #[inline(always)]
+    pub(super) fn release_usual(&self, slot: &Slot) {
+        slot.next.store(self.free.get(), Ordering::Relaxed);
+        self.free.set(ptr::from_ref(slot).cast_mut());
     }
 
     /// Handles that are out, those of dropped chains that were not swept yet included: no more than there are slots.
@@ -511,9 +522,11 @@ impl Arena {
     }
 
     /// The position of a slot, to find it again by [`Self::at`].
+    #[inline(always)]
     pub(super) fn index_of(&self, slot: &Slot) -> u32 {
         let offset = (ptr::from_ref(slot) as usize).wrapping_sub(self.memory.base.as_ptr() as usize);
-        u32::try_from(offset / size_of::<Slot>()).unwrap_or(u32::MAX)
+        // No arena has as many.
+        (offset / size_of::<Slot>()) as u32
     }
 
     pub(super) fn at(&self, index: u32) -> Option<&Slot> {

@@ -8,13 +8,22 @@
 //!   here, too. When it comes back it is hostile input: each word is read once, everything is checked, and the work is
 //!   bounded by the size of the queue.
 //! * Positions come from region and ring, not from whoever starts the queue: a killed process has told nobody.
-//! * Version 0 is a region without contents. It becomes 1 by the last store of making it, and 0 again when the queue is
-//!   reset: then there is nothing to take again.
+//! * Version 0 is a region without contents. It becomes [`VERSION`] by the last store of making it, and 0 again when the
+//!   queue is reset: then there is nothing to take again.
 //!
-//! Speed. A chain costs six stores to the region of a split queue (two each when it is popped, completed and published), and of
-//! a packed one eleven if it has two descriptors; all of them have to be in the cache before the barrier of a publication
-//! ends. What is stored as one word is kept as one word: a word that is put together of neighbours of 16 bits, one of
-//! which was just written, is loaded as one, and waits a dozen cycles for that write.
+//! The format is ours. The document says how a region "can be implemented", and gives it a version: what is in it is between a
+//! back-end and its successor, the front-end keeps it unread. Its own version 1 needs at least five stores for each chain
+//! (split), or eleven (packed, two descriptors), because it says of a chain that it is not in flight any more *after* the ring
+//! has said so: a chain, a batch and the ring's index are undone, or done to the end, from three places. Version 2 asks the ring. A chain
+//! that is done has the number of its used entry, and is in flight as long as the ring's used index is not above that. So
+//! the one store that gives a batch to the driver also takes it out of the region; before it, all of the batch is in flight, and behind it
+//! nothing is left to be stored. Numbers are of 64 bits and never used twice, so that what is left of former chains
+//! cannot be taken for anything else. A region of version 1 is refused.
+//!
+//! Why a kill does no harm. Between two chains nothing is shared but the order of their numbers, and each step below is one
+//! store that decides: `done` becomes [`OUT`] (popped), a number that is not published yet (done: still in flight), and
+//! the ring's own store publishes. Stores that come before such a one mean nothing until then. What a kill can leave behind is a number that
+//! was taken, but not used: the next one takes it again.
 //!
 //! | file | what for |
 //! |---|---|
@@ -37,7 +46,14 @@ use packed::PackedInflight;
 use split::SplitInflight;
 
 /// The one version of the formats.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+
+/// Of a chain: the device has it.
+const OUT: u64 = u64::MAX;
+/// Of a chain: as if it was given back before all others.
+const NEVER: u64 = 0;
+/// No number is as large: they would have to be counted for a hundred thousand years.
+const LIMIT: u64 = 1 << 62;
 
 /// Why a region cannot be used. What is in it may come from anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,15 +84,15 @@ pub enum InflightError {
     /// An index, position or flag that cannot be.
     #[error("the region's {0} cannot be")]
     Value(&'static str),
-    /// The last batch is longer than the queue, so that used index and region are not of the same time.
-    #[error("the last batch has {0} entries")]
-    Batch(u16),
-    /// The lists of entries meet, run in a circle, or do not hold all entries.
+    /// The used index is not one that the ring had when its chains were popped: index and region are not of the same time.
+    #[error("the used index is {0} behind the latest chain")]
+    Behind(u16),
+    /// The lists of descriptors meet, have no end, or are longer than the ring.
     #[error("the region's lists contradict themselves")]
     Lists,
     /// Two chains have the same age.
-    #[error("two chains in flight have the same counter")]
-    Counter,
+    #[error("two chains in flight have the same number")]
+    Number,
     /// A fresh region, but chains are out already, which it does not know.
     #[error("chains are out that the region does not know")]
     Unknown,
@@ -121,7 +137,7 @@ impl InflightRegion {
 
     /// How many bytes a queue of this many entries needs, in either layout; a multiple of 64.
     pub const fn bytes_for(size: u16) -> usize {
-        (32 + 32 * size as usize).next_multiple_of(64)
+        (32 + 56 * size as usize).next_multiple_of(64)
     }
 }
 
@@ -170,22 +186,16 @@ fn check_format(features: u64, version: u16) -> Result<bool, InflightError> {
     }
 }
 
-/// Puts what was found into its order, and says what the next counter is. `renumber` stores the counter of the n-th.
-///
-/// The counters begin with 0 again, so that none can run out. At each point of that the order is the same: a new
-/// number is no larger than the old one, and larger than those before.
-fn in_order<T>(
-    mut found: Vec<(u64, T)>,
-    mut renumber: impl FnMut(&T, u64),
-) -> Result<(Vec<T>, u64), InflightError> {
-    found.sort_unstable_by_key(|(counter, _)| *counter);
+/// The header's word of version and size.
+fn sizes(size: u16) -> u64 {
+    u64::from(VERSION) | u64::from(size) << 16
+}
+
+/// Puts what was found into its order.
+fn in_order<T>(found: &mut [(u64, T)]) -> Result<(), InflightError> {
+    found.sort_unstable_by_key(|(number, _)| *number);
     if found.windows(2).any(|pair| matches!(pair, [(a, _), (b, _)] if a == b)) {
-        return Err(InflightError::Counter);
+        return Err(InflightError::Number);
     }
-    let mut next = 0;
-    for (_, chain) in &found {
-        renumber(chain, next);
-        next += 1;
-    }
-    Ok((found.into_iter().map(|(_, chain)| chain).collect(), next))
+    Ok(())
 }

@@ -1,213 +1,360 @@
 //! The region of a packed queue.
 //!
-//! | word | header | entry, one for each descriptor in flight |
-//! |---|---|---|
-//! | 0 | features: 0 | inflight (8 bits), padding (8), next, last, num (16 each) |
-//! | 1 | version, desc_num, free_head, old_free_head (16 each) | counter |
-//! | 2 | used_idx, old_used_idx (16 each), used_wrap_counter, old_used_wrap_counter (8 each) | id, flags (16 each), len (32) |
-//! | 3 | padding | addr |
+//! | word | header | entry, one for each descriptor of the ring | place, for descriptors that are saved; as many |
+//! |---|---|---|---|
+//! | 0 | features: 0 | state of the list that begins there | of a list's first: its state |
+//! | 1 | version, desc_num (16 each), padding | what was in the ring before the batch was | of a list's first: its position |
+//! | 2, 3 | two used positions | | 2: the next place, of a list's first also their number (16 each) |
+//! | | | | 3, 4: id, flags and length; address |
 //!
-//! Entries are on the free list, or in the list of a chain: `num` of them from its head on, through `next`. Only a head
-//! that is not on the free list is in flight, whatever stands in its `inflight`.
+//! Positions are numbers of 64 bits: laps, and the place in the ring. A state is [`OUT`], or the used position that the list
+//! was done at. What is below the used position that the driver has seen is published; all else is in flight.
 //!
-//! A word is stored as a whole, so that fields change together. Two words commit:
-//! * Pop: takes entries from the front of the free list and fills them; then both free heads become what is behind them.
-//!   Before that store they are free.
-//! * Put: links the chain's list to that of the chain put before. Means nothing yet: `num` ends a list in flight.
-//! * Publish: links the batch to the free list; stores used position and old used position; then the batch as free head,
-//!   and the free list without it as old one; then the ring's flags, at which the driver takes the batch.
+//! The ring itself keeps the descriptors, as long as lists are used in the order in which they were popped: then only used
+//! descriptors are written where a list is that is given back. Two things are done where that does not keep enough:
+//! * A used descriptor that is not the first of its batch is in the ring before it is published. What it is written over
+//!   is kept in the region, and a successor writes it back.
+//! * A list that is used before an older one is written where that one's descriptors are, and the driver may write there when
+//!   it has seen that. So the older one is saved: its descriptors are copied to places of the region. From then on its state is
+//!   there.
 //!
-//! A successor looks at the ring at the old used position: still as the driver made it available, then the batch was
-//! not published and the old values hold; else the new ones do. So nothing has to be stored after the ring: the next
-//! pop makes both free heads the same, and the next publication begins with the position where this one ended.
+//! * Pop: the state becomes [`OUT`].
+//! * Put: saves what it overtakes - descriptors, position, state, in this order; then the state where it was before becomes
+//!   [`NEVER`]: in between both say the same, as both have the position. Keeps the ring's word, if it is not the first of the
+//!   batch. Then the state becomes the used position: not larger than that of the ring, so that the list still is in flight.
+//! * Publish: the used position behind the batch, over the older of the two; then the ring's flags, at which the driver takes
+//!   the batch. A successor finds two positions, and looks at the ring at the older one: still as the driver made it available,
+//!   then the batch was not published; else it was. So nothing has to be stored after the ring.
 //!
-//! The available position is the used one and as many descriptors as are in flight.
+//! Lists that were not saved are between the used position and one lap behind it: their own follows from where they are. The
+//! available position is the used one and as many descriptors as are in flight.
+//!
+//! A successor saves all lists that it finds. So it needs no more than this to do them in their order, whatever is written
+//! to the ring meanwhile.
+use std::collections::HashSet;
+
+use super::super::NEXT;
+use super::super::arena::{Arena, Slot};
 use super::super::config::Areas;
 use super::super::error::QueueError;
 use super::super::ring_mem::{Cursor, Desc, PackedRing};
 use super::super::state::{QueueState, RingPos};
 use super::again::Pending;
-use super::table::{Table, field};
+use super::table::{Table, Word, field};
 use super::{
-    InflightError, InflightRegion, Recovered, Tracker, VERSION, check_format, check_fresh, in_order,
+    InflightError, InflightRegion, LIMIT, NEVER, OUT, Recovered, Tracker, check_format, check_fresh,
+    in_order, sizes,
 };
 
-type Region = Table<4, 4>;
+type Entries = Table<4, 2>;
+type Places = Table<0, 5>;
 
-/// What of an entry's first word is needed while the queue runs.
-#[derive(Clone, Copy, Default)]
-struct Link {
-    next: u16,
-    /// Of a head: the last entry of its list.
-    last: u16,
-}
+/// Of what a chain has noted as its place: it is one for saved lists, not one in the ring. No ring has as many.
+const SAVED: u16 = 1 << 15;
+/// No slot has this number.
+const NOBODY: u32 = u32::MAX;
 
 pub(in super::super) struct PackedInflight {
-    region: Region,
-    size: u16,
-    /// Version and number of entries, as the header has them. Not put together for each store: fields of 16 bits that are
-    /// neighbours would be loaded as one, which waits until what was stored last to one of them is in the cache.
-    sizes: u64,
-    counter: u64,
-    links: Box<[Link]>,
-    /// The free list without the batch; its end is `size`.
-    free: u16,
-    /// Whether both free heads of the region are that.
-    committed: bool,
-    /// The list of the batch: the chain put last, and the one put first. `size`: there is none.
-    batch: u16,
-    first: u16,
-    /// Where the driver looks: as a new position in the header's word, a value that is loaded as it was stored.
+    entries: Entries,
+    /// Where the next used descriptor goes.
     used: u64,
+    /// Which of the used positions is the older one.
+    second: bool,
+    /// By place in the ring: the arena's slot of the list that begins there, if it is out and was not saved.
+    out: Box<[u32]>,
+    saved: Saved,
 }
 
-fn position_word(position: RingPos) -> u64 {
-    u64::from(position.index) | u64::from(position.wrap) << 32
+/// The lists that were saved.
+struct Saved {
+    places: Places,
+    /// Behind each place the next one of its list, or the next free one.
+    next: Box<[u16]>,
+    free: u16,
+    /// First place and length of those in the batch.
+    batch: Vec<(u16, u16)>,
 }
 
-fn state_word(link: Link, num: u16) -> u64 {
-    1 | u64::from(link.next) << 16 | u64::from(link.last) << 32 | u64::from(num) << 48
+impl Saved {
+    /// Copies a list. Returns its first place; none if there is no room, which there is for all that a ring has.
+    fn add(&mut self, position: u64, descs: &[Desc]) -> Option<u16> {
+        let first = self.free;
+        let mut at = first;
+        for desc in descs {
+            let ([_, _, link, word, addr], next) = (self.places.entry(at)?, *self.next.get(usize::from(at))?);
+            word.store(desc.word());
+            addr.store(desc.addr);
+            let count = if at == first { descs.len() as u64 } else { 0 };
+            link.store(u64::from(next) | count << 16);
+            at = next;
+        }
+        let [state, place, ..] = self.places.entry(first)?;
+        place.store(position);
+        state.store(OUT);
+        self.free = at;
+        Some(first)
+    }
+
+    fn state(&self, first: u16) -> Option<&Word> {
+        self.places.entry(first).map(|[state, ..]| state)
+    }
+
+    /// The places of a list are free again.
+    fn remove(&mut self, first: u16, count: u16) {
+        let mut last = first;
+        for _ in 1..count {
+            last = self.next.get(usize::from(last)).copied().unwrap_or(last);
+        }
+        if let Some(next) = self.next.get_mut(usize::from(last)) {
+            *next = self.free;
+            self.free = first;
+        }
+    }
 }
 
 impl PackedInflight {
-    fn new(region: Region, size: u16, used: RingPos, free: u16, links: Vec<Link>, counter: u64) -> Self {
-        let (links, used) = (links.into(), position_word(used));
-        let sizes = u64::from(VERSION) | u64::from(size) << 16;
-        PackedInflight {
-            region,
-            size,
-            sizes,
-            counter,
-            links,
-            free,
-            committed: true,
-            batch: size,
-            first: size,
-            used,
-        }
-    }
-
-    #[inline(always)]
-    fn store_free(&self, head: u16, old: u16) {
-        let [_, word, ..] = self.region.header();
-        word.store(self.sizes | u64::from(head) << 32 | u64::from(old) << 48);
-    }
-
-    #[inline(always)]
-    fn store_used(&self, used: u64, old: u64) {
-        let [_, _, word, _] = self.region.header();
-        word.store(used | (old & 0xffff) << 16 | old >> 32 << 40);
-    }
-
-    /// Notes a list that was popped; returns its entry.
-    #[inline(always)]
-    pub(in super::super) fn pop(&mut self, descs: u16, mut desc: impl FnMut(u16) -> Option<Desc>) -> u16 {
-        let head = self.free;
-        let (mut at, mut last) = (head, head);
-        for i in 0..descs {
-            // As many entries as the ring has descriptors: there is one.
-            let (Some([state, _, second, addr]), Some(link), Some(desc)) =
-                (self.region.entry(at), self.links.get(usize::from(at)), desc(i))
-            else {
-                return self.size;
-            };
-            addr.store(desc.addr);
-            second.store(desc.word().rotate_left(32));
-            if i > 0 {
-                state.store(u64::from(link.next) << 16);
-            }
-            (last, at) = (at, link.next);
-        }
-        if let (Some([state, counter, ..]), Some(link)) =
-            (self.region.entry(head), self.links.get_mut(usize::from(head)))
-        {
-            counter.store(self.counter);
-            state.store(state_word(Link { last, ..*link }, descs));
-            link.last = last;
-        }
-        self.counter = self.counter.wrapping_add(1);
-        self.free = at;
-        self.committed = true;
-        self.store_free(at, at);
-        head
-    }
-
-    /// Puts back what was popped last.
-    pub(in super::super) fn unpop(&mut self, entry: u16) {
-        if entry < self.size {
-            self.link(entry, self.free);
-            self.free = entry;
-            self.committed = true;
-            self.store_free(entry, entry);
-        }
-    }
-
-    /// Links the end of a chain's list to another list.
-    #[inline(always)]
-    fn link(&mut self, head: u16, next: u16) {
-        let Some(last) = self.links.get(usize::from(head)).map(|link| link.last) else { return };
-        let (Some([state, ..]), Some(link)) =
-            (self.region.entry(last), self.links.get_mut(usize::from(last)))
-        else {
-            return;
+    fn new(entries: Entries, places: Places, size: u16, used: u64) -> PackedInflight {
+        let saved = Saved {
+            places,
+            next: (1..=size).collect(),
+            free: 0,
+            batch: Vec::with_capacity(usize::from(size)),
         };
-        link.next = next;
-        state.store(if last == head { state_word(*link, 1) } else { u64::from(next) << 16 });
+        PackedInflight { entries, used, second: false, out: vec![NOBODY; usize::from(size)].into(), saved }
     }
 
+    /// Notes the list that begins at this place of the ring.
     #[inline(always)]
-    pub(in super::super) fn put(&mut self, entry: u16) {
-        if entry >= self.size {
-            return;
+    pub(in super::super) fn pop(&mut self, arena: &Arena, slot: &Slot, place: u16) {
+        if let (Some([state, _]), Some(out)) =
+            (self.entries.entry(place), self.out.get_mut(usize::from(place)))
+        {
+            state.store(OUT);
+            *out = arena.index_of(slot);
         }
-        if self.batch == self.size {
-            self.first = entry;
-        } else {
-            self.link(entry, self.batch);
-        }
-        self.batch = entry;
+        slot.set_entry(place);
     }
 
-    /// The ring's flags are going to be stored next, and the driver finds what is used up to this position.
+    /// Puts back what was popped last. It was not saved: nothing is used that far.
+    pub(in super::super) fn unpop(&mut self, slot: &Slot) {
+        if let Some(state) = self.leave(slot) {
+            state.store(NEVER);
+        }
+    }
+
+    /// The state of a list, which is not out any more.
+    fn leave(&mut self, slot: &Slot) -> Option<&Word> {
+        let entry = slot.entry();
+        if entry & SAVED != 0 {
+            return self.saved.state(entry & !SAVED);
+        }
+        if let Some(out) = self.out.get_mut(usize::from(entry)) {
+            *out = NOBODY;
+        }
+        self.entries.entry(entry).map(|[state, _]| state)
+    }
+
+    /// A used descriptor that is not published yet is going to be written there.
+    pub(in super::super) fn keep(&self, ring: &PackedRing, at: Cursor) {
+        if let (Some([_, kept]), Some(word)) = (self.entries.entry(at.index()), ring.word(at)) {
+            kept.store(word);
+        }
+    }
+
+    /// The list is done, if this place of the ring, where its used descriptor goes, is that of the list itself; else
+    /// nothing is done. `keep`: as [`Self::keep`].
     #[inline(always)]
-    pub(in super::super) fn publishing(&mut self, used: RingPos) {
-        if self.batch == self.size {
-            return;
+    pub(in super::super) fn put_in_order(&mut self, slot: &Slot, keep: Option<u64>, place: u16) -> bool {
+        match (self.entries.entry(place), self.out.get_mut(usize::from(place))) {
+            (Some([state, kept]), Some(out)) if slot.entry() == place => {
+                if let Some(word) = keep {
+                    kept.store(word);
+                }
+                state.store(self.used);
+                *out = NOBODY;
+                self.used = self.used.wrapping_add(u64::from(slot.descs()));
+                true
+            }
+            _ => false,
         }
-        let used = position_word(used);
-        self.link(self.first, self.free);
-        if !self.committed {
-            self.store_free(self.free, self.free);
+    }
+
+    /// The list is done; its used descriptor goes to the next place.
+    pub(in super::super) fn put(&mut self, arena: &Arena, slot: &Slot, ring: &PackedRing) {
+        if !self.put_in_order(slot, None, self.place(0)) {
+            self.put_elsewhere(arena, slot, ring);
+            self.used = self.used.wrapping_add(u64::from(slot.descs()));
         }
-        self.store_used(used, self.used);
-        self.store_free(self.batch, self.free);
-        self.committed = false;
-        self.free = self.batch;
-        self.batch = self.size;
-        self.used = used;
+    }
+
+    /// The place in the ring of the used position, or so many behind.
+    fn place(&self, behind: u64) -> u16 {
+        let size = self.out.len().max(1) as u64;
+        (self.used.wrapping_add(behind) % size) as u16
+    }
+
+    /// The list was saved, or is used before an older one.
+    fn put_elsewhere(&mut self, arena: &Arena, slot: &Slot, ring: &PackedRing) {
+        for behind in 0..u64::from(slot.descs()) {
+            let place = self.place(behind);
+            let out = self.out.get(usize::from(place));
+            let other = out.and_then(|out| arena.at(*out)).filter(|other| other.entry() == place);
+            if let Some(other) = other
+                && place != slot.entry()
+            {
+                self.save(other, ring, place, self.used.wrapping_add(behind));
+            }
+        }
+        let used = self.used;
+        if let Some(state) = self.leave(slot) {
+            state.store(used);
+        }
+        if slot.entry() & SAVED != 0 {
+            self.saved.batch.push((slot.entry() & !SAVED, slot.descs()));
+        }
+    }
+
+    /// Saves a list that is at this place and position.
+    fn save(&mut self, slot: &Slot, ring: &PackedRing, place: u16, position: u64) {
+        let behind = position.wrapping_sub(self.used);
+        let descs: Vec<Desc> = (0..u64::from(slot.descs()))
+            .filter_map(|next| ring.raw(self.place(behind.wrapping_add(next))))
+            .collect();
+        let Some(first) = self.saved.add(position, &descs) else { return };
+        if let (Some([state, _]), Some(out)) =
+            (self.entries.entry(place), self.out.get_mut(usize::from(place)))
+        {
+            state.store(NEVER);
+            *out = NOBODY;
+        }
+        slot.set_entry(SAVED | first);
+    }
+
+    /// The ring's flags are going to be stored next.
+    #[inline(always)]
+    pub(in super::super) fn publishing(&mut self) {
+        let [_, _, first, second] = self.entries.header();
+        (if self.second { second } else { first }).store(self.used);
+        self.second = !self.second;
+    }
+
+    /// Whether there are saved lists in the batch.
+    #[inline(always)]
+    pub(in super::super) fn has_saved(&self) -> bool {
+        !self.saved.batch.is_empty()
+    }
+
+    /// The batch was published: the places of its lists are free.
+    pub(in super::super) fn free_batch(&mut self) {
+        while let Some((first, count)) = self.saved.batch.pop() {
+            self.saved.remove(first, count);
+        }
     }
 
     /// The queue is reset: nothing is in flight any more.
     pub(in super::super) fn forget(self) {
-        let [_, word, ..] = self.region.header();
+        let [_, word, ..] = self.entries.header();
         word.store(0);
     }
 
     pub(in super::super) fn is_lost(&self) -> bool {
-        self.region.is_poisoned()
+        self.entries.is_poisoned()
     }
 }
 
-/// Whether the entries were seen in a list: each is in one.
-struct Seen(Vec<bool>);
+/// Where a position is in the ring. Laps that are even have the wrap counter 1.
+fn ring_pos(position: u64, size: u16) -> RingPos {
+    let size = u64::from(size).max(1);
+    RingPos { index: (position % size) as u16, wrap: (position / size).is_multiple_of(2) }
+}
 
-impl Seen {
-    fn mark(&mut self, entry: u16) -> Result<(), InflightError> {
-        match self.0.get_mut(usize::from(entry)) {
-            Some(seen) if !*seen => *seen = true,
-            _ => return Err(InflightError::Lists),
+/// A descriptor of the ring as a successor finds it.
+struct Found {
+    at: Cursor,
+    /// As the driver made it available.
+    desc: Desc,
+    /// There is a used descriptor, which was not published.
+    overwritten: bool,
+    /// A list begins here that is in flight.
+    head: bool,
+}
+
+/// A list in flight, and its first place if it is saved.
+type List = (Option<u16>, Vec<Desc>);
+
+/// What is in flight, by position.
+struct Lists {
+    found: Vec<(u64, List)>,
+    /// By place: whether a list is there, and what comes behind it there.
+    taken: Vec<bool>,
+    next: Box<[u16]>,
+    /// Descriptors of all of them.
+    descs: usize,
+}
+
+impl Lists {
+    fn add(&mut self, position: u64, list: List) -> Result<(), InflightError> {
+        self.descs += list.1.len();
+        self.found.push((position, list));
+        // They were all in the ring.
+        if self.descs > self.taken.len() { Err(InflightError::Lists) } else { Ok(()) }
+    }
+
+    /// The lists that were saved.
+    fn saved(places: &Places, size: u16, used: u64) -> Result<Lists, InflightError> {
+        let len = usize::from(size);
+        let mut lists =
+            Lists { found: Vec::new(), taken: vec![false; len], next: vec![0; len].into(), descs: 0 };
+        for first in 0..size {
+            let Some([state, position, link, ..]) = places.entry(first) else { break };
+            if !in_flight(state.load(), used)? {
+                continue;
+            }
+            let (position, count) = (position.load(), field(link.load(), 16));
+            if position >= used.saturating_add(u64::from(size)) || count == 0 {
+                return Err(InflightError::Value("saved list"));
+            }
+            let (mut at, mut list) = (first, Vec::new());
+            for _ in 0..count {
+                let Some([_, _, link, word, addr]) = places.entry(at) else {
+                    return Err(InflightError::Lists);
+                };
+                let link = field(link.load(), 0);
+                match (lists.taken.get_mut(usize::from(at)), lists.next.get_mut(usize::from(at))) {
+                    (Some(taken), Some(next)) if !*taken => (*taken, *next) = (true, link),
+                    _ => return Err(InflightError::Lists),
+                }
+                list.push(Desc::new(addr.load(), word.load()));
+                at = link;
+            }
+            lists.add(position, (Some(first), list))?;
+        }
+        Ok(lists)
+    }
+
+    /// Adds those that are in the ring only, which is `used` and the lap from there on.
+    fn add_ring(&mut self, ring: &[Found], used: u64) -> Result<(), InflightError> {
+        let saved: HashSet<u64> = self.found.iter().map(|(position, _)| *position).collect();
+        for (position, at) in (used..).zip(0..ring.len()) {
+            let list = ring.get(at..).unwrap_or_default();
+            // In both places: killed while it was saved.
+            if !list.first().is_some_and(|first| first.head) || saved.contains(&position) {
+                continue;
+            }
+            let last = list.iter().position(|found| found.desc.packed_flags() & NEXT == 0);
+            let list = last.and_then(|last| list.get(..=last)).ok_or(InflightError::Lists)?;
+            self.add(position, (None, list.iter().map(|found| found.desc).collect()))?;
         }
         Ok(())
+    }
+}
+
+/// Whether a list in this state is in flight.
+fn in_flight(state: u64, used: u64) -> Result<bool, InflightError> {
+    match state {
+        OUT => Ok(true),
+        LIMIT.. => Err(InflightError::Value("state")),
+        done => Ok(done >= used),
     }
 }
 
@@ -217,106 +364,102 @@ pub(super) fn recover(
     size: u16,
     state: &QueueState,
 ) -> Result<Recovered, QueueError> {
-    let region = Region::new(region, size)?;
-    let [features, heads, used, _] = region.header();
-    let (features, heads, used) = (features.load(), heads.load(), used.load());
-    if !check_format(features, field(heads, 0))? {
+    let entries = Entries::new(region, 0, size)?;
+    let places = Places::new(region, 4 + 2 * usize::from(size), size)?;
+    let [features, word, first, second] = entries.header();
+    let (features, word) = (features.load(), word.load());
+    if !check_format(features, field(word, 0))? {
         check_fresh(state)?;
-        return Ok(fresh(region, size, state.used));
+        return Ok(fresh(entries, places, size, state.used));
     }
-    if field(heads, 16) != size {
-        return Err(InflightError::QueueSize(field(heads, 16)).into());
+    if field(word, 16) != size {
+        return Err(InflightError::QueueSize(field(word, 16)).into());
     }
-    let position = |index: u32, wrap: u32| match (field(used, index), (used >> wrap) & 0xff) {
-        (index, wrap @ 0..=1) if index < size => Ok(RingPos { index, wrap: wrap == 1 }),
-        _ => Err(InflightError::Value("used position")),
-    };
-    let (new, old) = (position(0, 32)?, position(16, 40)?);
+    let (first_used, second_used) = (first.load(), second.load());
+    let (old, new) = (first_used.min(second_used), first_used.max(second_used));
+    if old == NEVER || new >= LIMIT || new - old > u64::from(size) {
+        return Err(InflightError::Value("used position").into());
+    }
     let ring = PackedRing::new(&areas.desc);
-    let published = old != new && !ring.is(Cursor::available(old));
-    let (used, free) = if published { (new, field(heads, 32)) } else { (old, field(heads, 48)) };
+    let published = old != new && !ring.is(Cursor::available(ring_pos(old, size)));
+    let used = if published { new } else { old };
 
-    let words: Vec<[u64; 2]> = (0..size)
-        .filter_map(|index| region.entry(index).map(|[state, counter, ..]| [state.load(), counter.load()]))
-        .collect();
-    let mut links: Vec<Link> =
-        words.iter().map(|[state, _]| Link { next: field(*state, 16), last: field(*state, 32) }).collect();
-    let mut seen = Seen(vec![false; usize::from(size)]);
-    let mut at = free;
-    while at != size {
-        seen.mark(at)?;
-        at = links.get(usize::from(at)).map_or(size, |link| link.next);
-    }
-    let on_free_list = seen.0.clone();
-    let mut found = Vec::new();
-    let mut descs = 0u32;
-    for ((head, [state, counter]), free) in (0..).zip(&words).zip(on_free_list) {
-        let inflight = match state & 0xff {
-            inflight @ 0..=1 => inflight == 1,
-            _ => return Err(InflightError::Value("inflight").into()),
+    let mut lists = Lists::saved(&places, size, used)?;
+    let mut found = Vec::with_capacity(usize::from(size));
+    let mut at = Cursor::available(ring_pos(used, size));
+    for _ in 0..size {
+        let (Some([state, kept]), Some(desc)) = (entries.entry(at.index()), ring.raw(at.index())) else {
+            break;
         };
-        if !inflight || free {
-            continue;
-        }
-        let (num, mut at, mut last, mut list) = (field(*state, 48), head, head, Vec::new());
-        for _ in 0..num {
-            seen.mark(at)?;
-            let Some([_, _, second, addr]) = region.entry(at) else {
-                return Err(InflightError::Lists.into());
-            };
-            list.push(Desc::new(addr.load(), second.load().rotate_left(32)));
-            last = at;
-            at = links.get(usize::from(at)).map_or(size, |link| link.next);
-        }
-        match links.get_mut(usize::from(head)) {
-            Some(link) if num > 0 && link.last == last => {}
-            _ => return Err(InflightError::Lists.into()),
-        }
-        descs += u32::from(num);
-        found.push((*counter, (head, list)));
+        let overwritten = ring.is_overwritten(at);
+        let desc = if overwritten { Desc::new(desc.addr, kept.load()) } else { desc };
+        found.push(Found { at, desc, overwritten, head: in_flight(state.load(), used)? });
+        ring.step(&mut at);
     }
-    if seen.0.contains(&false) {
-        return Err(InflightError::Lists.into());
-    }
-    // No more than there are entries.
-    let descs = descs as u16;
-    let counter = |(head, _): &(u16, _), number| {
-        if let Some([_, counter, ..]) = region.entry(*head) {
-            counter.store(number);
+    lists.add_ring(&found, used)?;
+    // No more than there are descriptors.
+    let avail = used + lists.descs as u64;
+    in_order(&mut lists.found)?;
+
+    let mut tracker = PackedInflight::new(entries, places, size, used);
+    let saved = &mut tracker.saved;
+    (saved.next, saved.free) = (lists.next, size);
+    for ((place, next), taken) in (0..).zip(&mut saved.next).zip(lists.taken) {
+        if !taken {
+            (*next, saved.free) = (saved.free, place);
         }
-    };
-    let (lists, next) = in_order(found, counter)?;
-    // Used descriptors behind the first one of a batch that was not published: the driver must not take them for those
-    // of the next batch.
-    let mut avail = Cursor::available(used);
-    for _ in 0..descs {
-        ring.make_available(avail);
-        ring.step(&mut avail);
     }
-    links.shrink_to_fit();
-    let tracker = PackedInflight::new(region, size, used, free, links, next);
-    tracker.store_free(free, free);
-    tracker.store_used(tracker.used, tracker.used);
+    let mut again = Vec::with_capacity(lists.found.len());
+    for (position, (first, list)) in lists.found {
+        let first = match first {
+            Some(first) => {
+                // Done, perhaps, but not published: no position that comes now may make it so.
+                if let Some(state) = saved.state(first) {
+                    state.store(OUT);
+                }
+                first
+            }
+            None => saved.add(position, &list).ok_or(InflightError::Lists)?,
+        };
+        again.push(Pending::Packed(SAVED | first, list));
+    }
+    for Found { at, desc, overwritten, head } in found {
+        if let (true, Some([state, _])) = (head, tracker.entries.entry(at.index())) {
+            state.store(NEVER);
+        }
+        if overwritten {
+            ring.make_available(at, desc);
+        }
+    }
+    let [_, _, first, second] = tracker.entries.header();
+    for (place, was) in [(first, first_used), (second, second_used)] {
+        if was != used {
+            place.store(used);
+        }
+    }
+    let (avail, used) = (ring_pos(avail, size), ring_pos(used, size));
     Ok(Recovered {
         tracker: Tracker::Packed(tracker),
-        state: Some(QueueState { avail: avail.position(), used, held: Vec::new() }),
-        again: lists.into_iter().map(|(entry, list)| Pending::Packed(entry, list)).collect(),
+        state: Some(QueueState { avail, used, held: Vec::new() }),
+        again,
     })
 }
 
-fn fresh(region: Region, size: u16, used: RingPos) -> Recovered {
-    let mut links = Vec::with_capacity(usize::from(size));
+fn fresh(entries: Entries, places: Places, size: u16, used: RingPos) -> Recovered {
+    // Above all that [`NEVER`] is compared with.
+    let lap = if used.wrap { 2 } else { 3 };
+    let position = lap * u64::from(size) + u64::from(used.index);
     for index in 0..size {
-        let link = Link { next: index + 1, last: index };
-        if let Some([state, ..]) = region.entry(index) {
-            state.store(u64::from(link.next) << 16);
+        if let (Some([state, _]), Some([saved, ..])) = (entries.entry(index), places.entry(index)) {
+            state.store(NEVER);
+            saved.store(NEVER);
         }
-        links.push(link);
     }
-    let [features, ..] = region.header();
+    let [features, word, first, second] = entries.header();
     features.store(0);
-    let tracker = PackedInflight::new(region, size, used, 0, links, 0);
-    tracker.store_used(tracker.used, tracker.used);
-    tracker.store_free(0, 0);
+    first.store(position);
+    second.store(position);
+    word.store(sizes(size));
+    let tracker = PackedInflight::new(entries, places, size, position);
     Recovered { tracker: Tracker::Packed(tracker), state: None, again: Vec::new() }
 }

@@ -2,14 +2,22 @@
 //!
 //! | word | header | entry, one for each descriptor: as head |
 //! |---|---|---|
-//! | 0 | features: 0 | inflight (8 bits), padding (40), next (16) |
-//! | 1 | version, desc_num, last_batch_head, used_idx (16 each) | counter |
+//! | 0 | features: 0 | popped: the number of the pop |
+//! | 1 | version, desc_num (16 each), padding | done: [`OUT`], or the number of the used entry |
 //!
-//! * Pop: counter, then inflight. Before the second store the chain counts as not popped.
-//! * Put: the entry becomes the head of the list of the batch. As long as the used index is what it was, the list means
-//!   nothing.
-//! * Publish: the used index, at which the driver takes the batch; then inflight of each of it; then used_idx. A
-//!   successor that finds two different used indices does the rest: the list has as many of the batch as they differ.
+//! Both numbers go on where 16 bits end, and both began with the same one: the low 16 bits of a pop's are its index in
+//! the available ring, those of a used entry's its index in the used ring. What the driver has seen used is everything
+//! below the used index of the ring itself, which is so the one word that commits a batch.
+//!
+//! * Pop: popped, then done, which becomes [`OUT`]. Before the second store the chain counts as not popped: what it was done
+//!   with before is published, or the driver could not have made it available.
+//! * Put: done. The used index is not larger than that yet, so that the chain still is in flight.
+//! * Publish: nothing but the used index.
+//! * Put back: done becomes [`NEVER`], then popped the number of the pop before.
+//!
+//! A successor has the ring's 16 bits of the used index, and needs all 64. The largest `popped` is that of the latest pop, or
+//! one more (killed within a pop, or while it was put back). All that were popped and not published are no more than the
+//! queue has entries; so the used index is the one number with these 16 bits that is so close behind it.
 //!
 //! The available position is the used index and as many as are in flight.
 use super::super::config::Areas;
@@ -19,84 +27,44 @@ use super::super::state::{QueueState, RingPos};
 use super::again::Pending;
 use super::table::{Table, field};
 use super::{
-    InflightError, InflightRegion, Recovered, Tracker, VERSION, check_format, check_fresh, in_order,
+    InflightError, InflightRegion, LIMIT, NEVER, OUT, Recovered, Tracker, check_format, check_fresh,
+    in_order, sizes,
 };
 
 type Region = Table<2, 2>;
 
 pub(in super::super) struct SplitInflight {
     region: Region,
-    counter: u64,
-    /// The header's second word: `last_batch_head` is the head of the list. One value, and stored as such: were fields
-    /// of 16 bits put together for each store, it would wait until what was written last to one of them is in the cache.
-    header: u64,
-    /// The head of the list before the batch.
-    last_before: u16,
-    /// The heads of the batch, in the order in which they were put; as many as `len`.
-    batch: Box<[u16]>,
-    len: usize,
+    /// The number of the next pop, and of the next used entry.
+    popped: u64,
+    done: u64,
 }
 
 impl SplitInflight {
-    fn new(region: Region, size: u16, used_idx: u16, last: u16, counter: u64) -> SplitInflight {
-        let batch = vec![0; usize::from(size)].into();
-        let sizes = u64::from(VERSION) | u64::from(size) << 16;
-        let header = sizes | u64::from(last) << 32 | u64::from(used_idx) << 48;
-        SplitInflight { region, counter, header, last_before: last, batch, len: 0 }
-    }
-
-    #[inline(always)]
-    fn store_header(&self) {
-        let [_, word] = self.region.header();
-        word.store(self.header);
-    }
-
     #[inline(always)]
     pub(in super::super) fn pop(&mut self, head: u16) {
-        if let Some([state, counter]) = self.region.entry(head) {
-            counter.store(self.counter);
-            state.store(1);
+        if let Some([popped, done]) = self.region.entry(head) {
+            popped.store(self.popped);
+            done.store(OUT);
         }
-        self.counter = self.counter.wrapping_add(1);
+        self.popped = self.popped.wrapping_add(1);
     }
 
     /// Puts back what was popped last.
     pub(in super::super) fn unpop(&mut self, head: u16) {
-        if let Some([state, _]) = self.region.entry(head) {
-            state.store(0);
+        self.popped = self.popped.wrapping_sub(1);
+        if let Some([popped, done]) = self.region.entry(head) {
+            done.store(NEVER);
+            popped.store(self.popped.wrapping_sub(1));
         }
     }
 
     #[inline(always)]
     pub(in super::super) fn put(&mut self, head: u16) {
-        // A driver that uses a buffer twice can make batches longer than its queue. It loses track of its own.
-        let (Some([state, _]), Some(place)) = (self.region.entry(head), self.batch.get_mut(self.len)) else {
-            return;
-        };
-        *place = head;
-        self.len += 1;
-        state.store(1 | u64::from(field(self.header, 32)) << 48);
-        self.header = self.header & !(0xffff << 32) | u64::from(head) << 32;
-        self.store_header();
-    }
-
-    /// The used index was stored.
-    #[inline(always)]
-    pub(in super::super) fn published(&mut self, used_idx: u16) {
-        if field(self.header, 48) == used_idx {
-            return;
+        if let Some([_, done]) = self.region.entry(head) {
+            done.store(self.done);
         }
-        let mut next = self.last_before;
-        for head in self.batch.get(..self.len).unwrap_or_default() {
-            if let Some([state, _]) = self.region.entry(*head) {
-                state.store(u64::from(next) << 48);
-            }
-            next = *head;
-        }
-        self.len = 0;
-        self.last_before = field(self.header, 32);
-        self.header = self.header << 16 >> 16 | u64::from(used_idx) << 48;
-        self.store_header();
+        self.done = self.done.wrapping_add(1);
     }
 
     /// The queue is reset: nothing is in flight any more.
@@ -116,7 +84,7 @@ pub(super) fn recover(
     size: u16,
     state: &QueueState,
 ) -> Result<Recovered, QueueError> {
-    let region = Region::new(region, size)?;
+    let region = Region::new(region, 0, size)?;
     let [features, word] = region.header();
     let (features, word) = (features.load(), word.load());
     if !check_format(features, field(word, 0))? {
@@ -126,66 +94,61 @@ pub(super) fn recover(
     if field(word, 16) != size {
         return Err(InflightError::QueueSize(field(word, 16)).into());
     }
-    let (last, used_before) = (field(word, 32), field(word, 48));
-    let used_idx = UsedRing::new(&areas.device).idx();
-    let batch = used_idx.wrapping_sub(used_before);
-    if batch > size {
-        return Err(InflightError::Batch(batch).into());
-    }
     // All of it is read before anything is stored.
-    let mut states = Vec::with_capacity(usize::from(size));
-    for index in 0..size {
-        let Some([state, _]) = region.entry(index) else { break };
-        let word = state.load();
-        if word & 0xff > 1 {
-            return Err(InflightError::Value("inflight").into());
+    let mut entries = Vec::with_capacity(usize::from(size));
+    for head in 0..size {
+        let Some([popped, done]) = region.entry(head) else { break };
+        let (popped, done) = (popped.load(), done.load());
+        if popped >= LIMIT {
+            return Err(InflightError::Value("popped").into());
         }
-        states.push((word & 0xff == 1, field(word, 48)));
+        if done >= LIMIT && done != OUT {
+            return Err(InflightError::Value("done").into());
+        }
+        entries.push((popped, (head, done)));
     }
-    let mut at = last;
-    for _ in 0..batch {
-        let Some((inflight, next)) = states.get_mut(usize::from(at)) else {
-            return Err(InflightError::Value("last batch").into());
-        };
-        *inflight = false;
-        if let Some([state, _]) = region.entry(at) {
-            state.store(u64::from(*next) << 48);
-        }
-        at = *next;
-    }
-    let mut found = Vec::new();
-    for (head, (inflight, _)) in (0..).zip(&states) {
-        if let (true, Some([_, counter])) = (inflight, region.entry(head)) {
-            found.push((counter.load(), head));
-        }
-    }
-    let counter = |head: &u16, number| {
-        if let Some([_, counter]) = region.entry(*head) {
-            counter.store(number);
-        }
+    let used_idx = UsedRing::new(&areas.device).idx();
+    let latest = entries.iter().map(|(popped, _)| *popped).max().unwrap_or(0);
+    // The low 16 bits are all that is needed of it.
+    let behind = (latest as u16).wrapping_add(1).wrapping_sub(used_idx);
+    let Some(used) = (latest + 1).checked_sub(u64::from(behind)).filter(|_| behind <= size + 1) else {
+        return Err(InflightError::Behind(behind).into());
     };
-    let (heads, next) = in_order(found, counter)?;
-    let tracker = SplitInflight::new(region, size, used_idx, last, next);
-    tracker.store_header();
+    // `OUT` is larger than all others.
+    entries.retain(|(_, (_, done))| *done >= used);
+    // No more than there are entries.
+    let count = entries.len() as u16;
+    if count > behind {
+        return Err(InflightError::Behind(behind).into());
+    }
+    in_order(&mut entries)?;
+    for (_, (head, done)) in &entries {
+        // Done, but not published: no number that comes now may make it so.
+        if let (true, Some([_, place])) = (*done != OUT, region.entry(*head)) {
+            place.store(OUT);
+        }
+    }
     let position = |index| RingPos { index, wrap: true };
-    // As many as there are entries at most.
-    let avail = used_idx.wrapping_add(heads.len() as u16);
+    let avail = used_idx.wrapping_add(count);
     Ok(Recovered {
-        tracker: Tracker::Split(tracker),
+        tracker: Tracker::Split(SplitInflight { region, popped: used + u64::from(count), done: used }),
         state: Some(QueueState { avail: position(avail), used: position(used_idx), held: Vec::new() }),
-        again: heads.into_iter().map(Pending::Split).collect(),
+        again: entries.into_iter().map(|(_, (head, _))| Pending::Split(head)).collect(),
     })
 }
 
 fn fresh(region: Region, size: u16, used_idx: u16) -> Recovered {
+    // Above all that [`NEVER`] is compared with.
+    let first = (1 << 16) + u64::from(used_idx);
     for index in 0..size {
-        if let Some([state, _]) = region.entry(index) {
-            state.store(0);
+        if let Some([popped, done]) = region.entry(index) {
+            popped.store(first - 1);
+            done.store(NEVER);
         }
     }
-    let [features, _] = region.header();
+    let [features, word] = region.header();
     features.store(0);
-    let tracker = SplitInflight::new(region, size, used_idx, 0, 0);
-    tracker.store_header();
+    word.store(sizes(size));
+    let tracker = SplitInflight { region, popped: first, done: first };
     Recovered { tracker: Tracker::Split(tracker), state: None, again: Vec::new() }
 }

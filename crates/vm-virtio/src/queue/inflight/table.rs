@@ -4,6 +4,7 @@
 //! any time. So all accesses are atomic, of whole words of eight bytes, and each word is read once, before anything is
 //! made of it. Fields are little-endian, whatever the host is.
 use std::marker::PhantomData;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -31,7 +32,7 @@ impl Word {
 
 /// A header of so many words and a table of entries of so many words.
 pub(super) struct Table<const HEADER: usize, const ENTRY: usize> {
-    base: *const u8,
+    base: NonNull<u8>,
     size: u16,
     memory: Arc<SharedMemory>,
     _words: PhantomData<Word>,
@@ -41,26 +42,28 @@ pub(super) struct Table<const HEADER: usize, const ENTRY: usize> {
 unsafe impl<const HEADER: usize, const ENTRY: usize> Send for Table<HEADER, ENTRY> {}
 
 impl<const HEADER: usize, const ENTRY: usize> Table<HEADER, ENTRY> {
-    pub(super) fn new(region: &InflightRegion, size: u16) -> Result<Self, InflightError> {
-        let needed = 8 * (HEADER + ENTRY * usize::from(size));
+    /// That many words behind the region's start.
+    pub(super) fn new(region: &InflightRegion, before: usize, size: u16) -> Result<Self, InflightError> {
+        let needed = 8 * (before + HEADER + ENTRY * usize::from(size));
         if region.len < needed {
             return Err(InflightError::TooSmall { len: region.len, needed });
         }
-        let base = region.memory.as_ptr().wrapping_add(region.offset);
+        let base = region.memory.as_ptr().wrapping_add(region.offset).wrapping_add(8 * before);
+        let base = NonNull::new(base).ok_or(InflightError::Place)?;
         Ok(Table { base, size, memory: region.memory.clone(), _words: PhantomData })
     }
 
     pub(super) fn header(&self) -> &[Word; HEADER] {
         // SAFETY: the region is within memory that `self` keeps, has `HEADER` words and more, and is aligned to them
         // (`InflightRegion::new`); atomics may be shared.
-        unsafe { &*self.base.cast() }
+        unsafe { self.base.cast().as_ref() }
     }
 
     #[inline(always)]
     pub(super) fn entry(&self, index: u16) -> Option<&[Word; ENTRY]> {
         let at = 8 * (HEADER + ENTRY * usize::from(index));
         // SAFETY: as in `header`; the region has `size` entries behind the header.
-        (index < self.size).then(|| unsafe { &*self.base.wrapping_add(at).cast() })
+        (index < self.size).then(|| unsafe { self.base.add(at).cast().as_ref() })
     }
 
     pub(super) fn is_poisoned(&self) -> bool {

@@ -43,6 +43,7 @@ fn four_queues_of_each_layout_and_every_way_to_the_image() {
         &["--aio", "io_uring", "--direct"],
         &["--aio", "threads"],
         &["--threads", "2"],
+        &["--threads", "2", "--aio", "io_uring", "--direct"],
     ] {
         let world = started(&[&["--num-queues", "4", "--serial", "wire"], way].concat());
         for layout in RingLayout::ALL {

@@ -269,6 +269,14 @@ const SCRIPTS: [&[Op]; 6] = [
         Collect,
         Add(2),
         Pop(2),
+        Complete(0),
+        Publish,
+        Collect,
+        Add(1),
+        Pop(1),
+        Complete(0),
+        Complete(0),
+        Publish,
     ],
 ];
 
@@ -291,7 +299,7 @@ fn inflight_killed_between_every_two_stores_of_pop_put_and_publish() {
                         }
                         first += 1;
                     }
-                    assert!(first > 5, "{first} stores");
+                    assert!(first > 10, "{first} stores");
                 }
             }
         }

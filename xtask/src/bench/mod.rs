@@ -10,16 +10,18 @@ use crate::error::{Error, Result};
 use crate::workspace::{Workspace, cargo};
 
 mod block;
+mod console;
 mod peer;
 mod probe;
 mod rng;
 
 /// What can be measured.
-pub(crate) const NAMES: [(&str, &str); 5] = [
+pub(crate) const NAMES: [(&str, &str); 6] = [
     ("bus", "our buses and registers beside bare ones and rust-vmm's vm-device (2 minutes)"),
     ("rings", "our virtqueues beside a bare loop and rust-vmm's virtio-queue (5 minutes)"),
     ("daemon", "what a daemon costs beside its requests: start, memory, wake-ups (1 minute)"),
     ("block", "our block daemon beside a floor and QEMU's storage daemon (3 minutes)"),
+    ("console", "our console daemon beside the floors and rust-vmm's vhost-device-console (1 minute)"),
     ("rng", "our entropy daemon beside the floors and rust-vmm's vhost-device-rng (2 minutes)"),
 ];
 
@@ -36,6 +38,7 @@ pub(crate) fn run(name: &str, arguments: &[String]) -> Result<bool> {
     let workspace = Workspace::read()?;
     match name {
         "block" => return block::run(&workspace, arguments),
+        "console" => return console::run(&workspace, arguments),
         "rng" => return rng::run(&workspace, arguments),
         _ => {}
     }

@@ -40,7 +40,8 @@ pub(crate) struct Arguments {
 
     /// A back-end to start anew for each case: {} stands for the path of its socket (or its beginning, if it appends a 0)
     ///
-    /// For block devices {disk} stands for the path of an image that is made for it, {queues} for the number of queues.
+    /// For block devices {disk} stands for the path of an image that is made for it, {queues} for the number of queues. For consoles {backend}
+    /// stands for where output goes, as our daemon's --port has it, {tcp} for a TCP port.
     /// Words are separated by spaces; nothing is quoted. For example: --spawn "ours=vhost-device-rng --socket-path {}"
     #[arg(long, value_name = "NAME=COMMAND")]
     spawn: Vec<Spawned>,
@@ -49,7 +50,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TYPE", value_parser = device::by_name, default_value = "rng")]
     device: &'static dyn Device,
 
-    /// Kinds of load; for blk: randread, randwrite, read, write
+    /// Kinds of load; for blk: randread, randwrite, read, write; for console, by where its output goes: file, unix, tcp
     #[arg(long, value_delimiter = ',', value_name = "KIND")]
     load: Vec<String>,
 
@@ -69,7 +70,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=32768), default_value = "1,32")]
     depth: Vec<u16>,
 
-    /// Bytes of a request [default: 64 for rng, 4096 for blk]
+    /// Bytes of a request [default: 64 for rng and console, 4096 for blk]
     #[arg(long, value_delimiter = ',', value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     size: Vec<u32>,
 

@@ -9,6 +9,7 @@
 //! Measured per round: requests and bytes, latency (one reading of the clock for each batch: a request begins when its
 //! batch is put into the ring and ends when the driver sees it used), CPU time of the whole back-end process from its
 //! threads' `schedstat`, kicks and interrupts. Figures mean something only beside those of a [`floor`] from the same run.
+mod console;
 mod disk;
 pub mod floor;
 mod histogram;
@@ -30,6 +31,7 @@ use vm_virtio::Features;
 
 use crate::{Buf, DriverError, RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 
+pub use console::{ConsoleOutput, Outlet};
 pub use disk::{Access, BlockRequests, Disk};
 pub use histogram::Histogram;
 pub use placement::{Placement, PlacementError, pin_current_thread};

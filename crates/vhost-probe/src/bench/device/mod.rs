@@ -1,5 +1,6 @@
 //! What a load needs to know of a type of device: one file each, and a line in [`DEVICES`].
 mod blk;
+mod console;
 mod rng;
 
 use std::any::Any;
@@ -9,7 +10,7 @@ use virtio_testkit::load::{LoadError, Requests};
 
 use super::{Arguments, Case};
 
-pub(super) const DEVICES: [&dyn Device; 2] = [&rng::Rng, &blk::Blk];
+pub(super) const DEVICES: [&dyn Device; 3] = [&rng::Rng, &blk::Blk, &console::Console];
 
 /// A type of device.
 pub(super) trait Device: std::fmt::Debug + Sync {

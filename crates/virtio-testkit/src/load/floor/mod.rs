@@ -26,7 +26,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vm_virtio::Features;
 
 use ring::Ring;
-use work::{Nothing, OneCall, Random, StatusOnly, Work};
+use work::{Nothing, OneCall, Output, Random, StatusOnly, Work};
 
 /// Queues that a floor has.
 const QUEUES: u64 = 16;
@@ -42,6 +42,8 @@ pub enum Floor {
     File(PathBuf),
     /// A block device: the status alone.
     Status,
+    /// A console: one writev(2) to this file.
+    Write(PathBuf),
 }
 
 impl Floor {
@@ -52,13 +54,14 @@ impl Floor {
             Floor::Random => "floor-getrandom",
             Floor::File(_) => "floor-preadv",
             Floor::Status => "floor-status",
+            Floor::Write(_) => "floor-write",
         }
     }
 
     /// The floor of that name, and of that file where it has one.
     pub fn by_name(name: &str, file: Option<PathBuf>) -> Option<Floor> {
         let mut all = vec![Floor::Ring, Floor::Random, Floor::Status];
-        all.extend(file.map(Floor::File));
+        all.extend(file.into_iter().flat_map(|file| [Floor::File(file.clone()), Floor::Write(file)]));
         all.into_iter().find(|floor| floor.name() == name)
     }
 }
@@ -214,6 +217,7 @@ impl Session {
                 Floor::Ring => thread.walk(Nothing::default()),
                 Floor::Random => thread.walk(Random),
                 Floor::Status => thread.walk(StatusOnly::default()),
+                Floor::Write(path) => Output::open(&path).and_then(|work| thread.walk(work)),
                 Floor::File(path) => OneCall::open(&path).and_then(|work| thread.walk(work)),
             };
             if let Err(error) = ended {

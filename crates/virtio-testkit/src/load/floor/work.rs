@@ -166,3 +166,43 @@ impl Work for OneCall {
         Ok(std::mem::take(&mut self.writable) as u32)
     }
 }
+
+/// A console's output by one system call a request.
+pub(super) struct Output {
+    file: File,
+    data: Vec<libc::iovec>,
+    bytes: usize,
+}
+
+impl Output {
+    pub(super) fn open(path: &Path) -> io::Result<Output> {
+        let file = OpenOptions::new().append(true).open(path)?;
+        Ok(Output { file, data: Vec::with_capacity(64), bytes: 0 })
+    }
+}
+
+impl Work for Output {
+    const READS: bool = true;
+
+    fn element(&mut self, buffer: &VolatileSlice<'_>, writable: bool) -> io::Result<u32> {
+        if !writable {
+            let base = buffer.ptr_guard_mut().as_ptr().cast();
+            self.data.push(libc::iovec { iov_base: base, iov_len: buffer.len() });
+            self.bytes += buffer.len();
+        }
+        Ok(0)
+    }
+
+    fn end(&mut self) -> io::Result<u32> {
+        let (list, count) = (self.data.as_ptr(), self.data.len() as libc::c_int);
+        // SAFETY: each entry is a buffer in guest memory, which stays mapped as long as the process lives, and which the
+        // kernel only reads.
+        let moved = unsafe { libc::writev(self.file.as_raw_fd(), list, count) };
+        let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
+        self.data.clear();
+        match std::mem::take(&mut self.bytes) {
+            whole if whole == moved => Ok(0),
+            whole => Err(io::Error::other(format!("{moved} of {whole} bytes"))),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Consoles: output of port 0. It goes to the null device, which takes it for nothing, or through a socket to a reader in this
+//! process, on the driver's CPU; then every byte has to have come out in the end.
+use std::any::Any;
+use std::net::TcpListener;
+
+use virtio_testkit::load::floor::Floor;
+use virtio_testkit::load::{ConsoleOutput, LoadError, Outlet};
+
+use super::{Device, Setting, Who};
+use crate::bench::{Arguments, Case};
+
+/// What stands for a port's backend in a command, as `vhost-device-console` spells it.
+const BACKEND: &str = "{backend}";
+/// What stands for the number of a TCP port.
+const TCP: &str = "{tcp}";
+
+/// Where output ends that nobody reads.
+const NULL: &str = "/dev/null";
+
+/// Queues of a console with one port (5.3.2), and its transmitq.
+const QUEUES: u16 = 4;
+const TRANSMIT: u16 = 1;
+
+#[derive(Debug)]
+pub(super) struct Console;
+
+impl Device for Console {
+    fn name(&self) -> &'static str {
+        "console"
+    }
+
+    fn kinds(&self) -> &'static [&'static str] {
+        &["file", "unix", "tcp"]
+    }
+
+    fn size(&self) -> u32 {
+        64
+    }
+
+    fn floors(&self, _arguments: &Arguments) -> Vec<&'static str> {
+        vec![Floor::Ring.name(), WRITE]
+    }
+
+    fn setting(
+        &self,
+        case: &Case,
+        _arguments: &Arguments,
+        who: Who<'_>,
+        shelf: &mut dyn Any,
+    ) -> Result<Setting, LoadError> {
+        if case.queues > 1 {
+            return Err(LoadError::NotOffered("a second port"));
+        }
+        let floor = match who {
+            Who::Floor(name) => Floor::by_name(name, Some(NULL.into())),
+            _ => None,
+        };
+        let has = |word: &str| matches!(who, Who::Command(command) if command.contains(word));
+        let (outlet, words) = match case.kind.as_str() {
+            "file" if floor.is_some() => (Outlet::File, Vec::new()),
+            "file" if has(BACKEND) => (Outlet::File, vec![(BACKEND, format!("file:{NULL}"))]),
+            "unix" if has(BACKEND) => {
+                let number =
+                    shelf.downcast_mut::<usize>().map_or(0, |count| std::mem::replace(count, *count + 1));
+                let name = format!("vhost-probe-console-{}-{number}", std::process::id());
+                let path = std::env::temp_dir().join(name);
+                (Outlet::Unix(path.clone()), vec![(BACKEND, format!("unix:{}", path.display()))])
+            }
+            "tcp" if has(BACKEND) || has(TCP) => {
+                // One that was free just now.
+                let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|socket| socket.local_addr());
+                let port = port.map_err(|error| LoadError::System("finding a TCP port", error))?.port();
+                (Outlet::Tcp(port), vec![(BACKEND, format!("tcp:{port}")), (TCP, port.to_string())])
+            }
+            _ => return Err(LoadError::NotOffered("that way out")),
+        };
+        let load = ConsoleOutput::new(case.size, outlet);
+        Ok(Setting { loads: vec![(TRANSMIT, Box::new(load))], queues: QUEUES, words, floor })
+    }
+
+    fn shelf(&self) -> Box<dyn Any> {
+        Box::new(0_usize)
+    }
+}
+
+/// The name of the floor that writes.
+const WRITE: &str = "floor-write";

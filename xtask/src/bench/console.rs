@@ -9,12 +9,14 @@ use crate::workspace::Workspace;
 const PEER: Peer = Peer { name: "vhost-device-console", version: "0.1.0" };
 
 /// What is measured if the arguments say nothing else.
-const DEFAULTS: [(&str, &str); 7] = [
+const DEFAULTS: [(&str, &str); 8] = [
     ("--device", "console"),
     ("--load", "file,unix,tcp"),
     ("--placement", "same"),
     ("--depth", "32"),
     ("--size", "64,4096"),
+    // As many entries as rust-vmm's has.
+    ("--queue-size", "128"),
     ("--rounds", "8"),
     ("--round-ms", "100"),
 ];
@@ -33,14 +35,10 @@ pub(super) fn run(workspace: &Workspace, arguments: &[String]) -> Result<bool> {
         words.extend(["--spawn".to_owned(), format!("{name}={} {flags}", program.display())]);
     };
     let ours = built.join("vhost-device-console");
-    spawn("ours", &ours, "--socket-path {} --max-queue-size 256 --port backend={backend}");
+    spawn("ours", &ours, "--socket-path {} --port backend={backend}");
     if let Ok(program) = &peer {
         // It has TCP only.
-        spawn(
-            "rust-vmm",
-            program,
-            "--socket-path {} --max-queue-size 256 --backend network --tcp-port {tcp}",
-        );
+        spawn("rust-vmm", program, "--socket-path {} --backend network --tcp-port {tcp}");
     }
     words.extend(arguments.iter().cloned());
     let (stood, _) = probe.run("console", &words)?;

@@ -89,6 +89,7 @@ fn every_kind_of_ring_is_loaded_at_every_depth() {
                     assert_eq!(round.bytes, round.requests * 520);
                     assert_eq!(round.latency.total(), round.requests);
                     assert!(round.kicks > 0 && round.elapsed >= SHORT && !round.backend_cpu.is_zero());
+                    assert!(round.both_us() > round.backend_us());
                 }
                 ram.check_guards().unwrap();
             }

@@ -99,9 +99,9 @@ const TARGETS: [Target; 15] = [
     target("randread, split, same CPU, depth 1, 4096 bytes", Figure::Cpu, 2.3, 2.7),
     target("randread, packed, same CPU, depth 1, 4096 bytes", Figure::Latency, 4.2, 4.7),
     target("randread, packed, same CPU, depth 1, 4096 bytes", Figure::Cpu, 2.3, 2.7),
-    target("randread, split, same CPU, depth 32, 4096 bytes", Figure::Rate, 776.0, 650.0),
+    target("randread, split, same CPU, depth 32, 4096 bytes", Figure::Both, 1000.0 / 776.0, 1000.0 / 650.0),
     target("randread, split, same CPU, depth 32, 4096 bytes", Figure::Cpu, 1.2, 1.5),
-    target("randread, packed, same CPU, depth 32, 4096 bytes", Figure::Rate, 776.0, 650.0),
+    target("randread, packed, same CPU, depth 32, 4096 bytes", Figure::Both, 1000.0 / 776.0, 1000.0 / 650.0),
     target("randread, packed, same CPU, depth 32, 4096 bytes", Figure::Cpu, 1.2, 1.5),
     target("randwrite, split, same CPU, depth 1, 4096 bytes", Figure::Latency, 4.6, 5.1),
     target("randwrite, split, same CPU, depth 1, 4096 bytes", Figure::Cpu, 3.2, 3.6),
@@ -170,7 +170,9 @@ fn contenders(who: Who, ours: &Path, peer: bool) -> Vec<String> {
                 format!("qsd-threads={PEER} {file},aio=threads {export}"),
             ],
             Who::Polling => Vec::new(),
-            Who::Null => vec![format!("qsd-null={PEER} --blockdev null-co,node-name=d,size=256M {export}")],
+            Who::Null => {
+                vec![format!("qsd-null={PEER} --blockdev null-co,node-name=d,size=268435456 {export}")]
+            }
         });
     }
     all

@@ -51,6 +51,8 @@ pub(super) enum Figure {
     Latency,
     /// CPU time of the back-end for each request.
     Cpu,
+    /// That of driver and back-end: on one CPU the inverse of the rate, whoever else is on it.
+    Both,
 }
 
 /// What one of ours has to reach beside the floor of the same run.
@@ -70,6 +72,7 @@ impl Figure {
             Figure::Rate => "requests/s",
             Figure::Latency => "p50 us",
             Figure::Cpu => "BE us",
+            Figure::Both => "CPU us",
         }
     }
 
@@ -78,6 +81,7 @@ impl Figure {
             Figure::Rate => measured["requests_per_second"]["median"].as_f64(),
             Figure::Latency => measured["latency_us"]["p50"].as_f64(),
             Figure::Cpu => measured["backend_cpu_us_per_request"]["median"].as_f64(),
+            Figure::Both => measured["cpu_us_per_request"]["median"].as_f64(),
         }
     }
 
@@ -85,7 +89,7 @@ impl Figure {
     fn quality(self, ours: f64, floor: f64) -> f64 {
         match self {
             Figure::Rate => ours / floor,
-            Figure::Latency | Figure::Cpu => floor / ours,
+            Figure::Latency | Figure::Cpu | Figure::Both => floor / ours,
         }
     }
 }

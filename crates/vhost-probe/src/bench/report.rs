@@ -111,6 +111,8 @@ pub(crate) struct Measured {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) time_to_floor: Option<Spread>,
     pub(crate) backend_cpu_us_per_request: Spread,
+    /// The driver's and the back-end's: what a request takes on one CPU if nobody else is on it.
+    pub(crate) cpu_us_per_request: Spread,
     pub(crate) kicks_per_request: f64,
     pub(crate) interrupts_per_request: f64,
     /// Of the back-end at the end, without the guest's memory.
@@ -228,6 +230,7 @@ impl Measured {
             ),
             time_to_floor: (!floor.is_empty()).then(|| Spread::of(pairs.map(|(r, f)| f.rate() / r.rate()))),
             backend_cpu_us_per_request: Spread::of(rounds.iter().map(Round::backend_us)),
+            cpu_us_per_request: Spread::of(rounds.iter().map(Round::both_us)),
             kicks_per_request: each(rounds.iter().map(|round| round.kicks).sum()),
             interrupts_per_request: each(rounds.iter().map(|round| round.interrupts).sum()),
             resident_kib,
@@ -249,7 +252,7 @@ fn table(figures: &CaseFigures) -> String {
     let width = figures.contenders.iter().map(|c| c.name.len()).max().unwrap_or(0).max(10);
     let _ = writeln!(
         text,
-        "  {:width$} {:>9} {:>5} {:>8} {:>9} {:>7} {:>7} {:>8} {:>7} {:>7} {:>6} {:>6} {:>6}",
+        "  {:width$} {:>9} {:>5} {:>8} {:>9} {:>7} {:>7} {:>8} {:>7} {:>7} {:>7} {:>6} {:>6} {:>6}",
         "",
         "req/s",
         "+-%",
@@ -260,6 +263,7 @@ fn table(figures: &CaseFigures) -> String {
         "p99.9 us",
         "BE us",
         "BE +-%",
+        "CPU us",
         "kicks",
         "intrs",
         "MiB"
@@ -272,7 +276,7 @@ fn table(figures: &CaseFigures) -> String {
         let ratio = m.time_to_floor.map_or("-".to_owned(), |ratio| format!("{:.3}", ratio.median));
         let _ = writeln!(
             text,
-            "  {name:width$} {:>9.0} {:>5.1} {ratio:>8} {:>9.1} {:>7.1} {:>7.1} {:>8.1} {:>7.2} {:>7.1} {:>6.2} {:>6.2} {:>6.1}",
+            "  {name:width$} {:>9.0} {:>5.1} {ratio:>8} {:>9.1} {:>7.1} {:>7.1} {:>8.1} {:>7.2} {:>7.1} {:>7.2} {:>6.2} {:>6.2} {:>6.1}",
             m.requests_per_second.median,
             m.requests_per_second.percent(),
             m.megabytes_per_second.median,
@@ -281,6 +285,7 @@ fn table(figures: &CaseFigures) -> String {
             m.latency_us.p999,
             m.backend_cpu_us_per_request.median,
             m.backend_cpu_us_per_request.percent(),
+            m.cpu_us_per_request.median,
             m.kicks_per_request,
             m.interrupts_per_request,
             m.resident_kib as f64 / 1024.0,

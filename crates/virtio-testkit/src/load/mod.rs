@@ -133,6 +133,8 @@ pub struct Round {
     pub latency: Histogram,
     /// CPU time of all threads of the back-end's process.
     pub backend_cpu: Duration,
+    /// CPU time of the driver's thread. On one CPU, both together are what requests take if nobody else is on it.
+    pub driver_cpu: Duration,
     /// Notifications of the driver.
     pub kicks: u64,
     /// Notifications of the back-end.
@@ -148,6 +150,11 @@ impl Round {
     /// A sum, for each request.
     pub fn per_request(&self, sum: f64) -> f64 {
         sum / (self.requests as f64).max(1.0)
+    }
+
+    /// Microseconds of CPU time for each request, the driver's and the back-end's.
+    pub fn both_us(&self) -> f64 {
+        self.per_request((self.backend_cpu + self.driver_cpu).as_secs_f64() * 1e6)
     }
 
     /// Microseconds of the back-end's CPU time for each request.
@@ -288,7 +295,7 @@ impl<'m, R: Requests> LoadSession<'m, R> {
         let mut round = Round::default();
         self.interrupts();
         let interrupts = self.interrupts();
-        let cpu = self.process.cpu_time()?;
+        let (cpu, own) = (self.process.cpu_time()?, placement::own_cpu_time());
         let start = Instant::now();
         let end = start + length;
         let mut now = start;
@@ -326,6 +333,7 @@ impl<'m, R: Requests> LoadSession<'m, R> {
             }
         }
         round.elapsed = now - start;
+        round.driver_cpu = placement::own_cpu_time().saturating_sub(own);
         round.backend_cpu = self.process.cpu_time()?.saturating_sub(cpu);
         round.interrupts = self.interrupts() - interrupts;
         Ok(round)

@@ -19,7 +19,7 @@ enum Backend {
 #[derive(clap::Parser)]
 #[command(name = IDENTITY.name, version)]
 struct Args {
-    /// A port: backend=stdio|pty|pty:LINK|unix:PATH|tcp:[HOST:]PORT|file:PATH|null, with name=NAME, console=on|off (on for
+    /// A port: backend=stdio|pty|pty:LINK|unix:PATH|tcp:PORT|tcp:HOST:PORT|file:PATH|null, with name=NAME, console=on|off (on for
     /// ports without a name) and buffer=BYTES (65536); repeat it for more, up to 31
     #[arg(long = "port", value_name = "KEY=VALUE,...", conflicts_with_all = ["backend", "tcp_port"])]
     ports: Vec<PortSpec>,

@@ -176,7 +176,7 @@ fn messages(host: &HostSide) -> Result<(), Failure> {
 }
 
 /// Everything, in one guest that reboots once with connections open.
-fn everything(lab: &Lab, test: &str, arguments: &[&str]) -> Result<Outcome, Failure> {
+fn everything(lab: &Lab, test: &str, device: &str, arguments: &[&str]) -> Result<Outcome, Failure> {
     let host = HostSide::start()?;
     let bundle = Bundle::new(&[Path::new(AGENT)])?;
     let mut daemon =
@@ -215,7 +215,7 @@ ask serves
     );
     let mut guest = Guest::new(lab)
         .reboots()
-        .vhost_user(DEVICE, &daemon.socket())
+        .vhost_user(device, &daemon.socket())
         .archive(&bundle.path())
         .script(&text)
         .limit(Duration::from_secs(150))
@@ -263,14 +263,14 @@ fn layout(outcome: &Outcome, packed: bool) {
 #[test]
 fn vsock_packed() -> Result<(), Failure> {
     let Some(lab) = lab::require("vsock_packed") else { return Ok(()) };
-    layout(&everything(&lab, "vsock_packed", &[])?, true);
+    layout(&everything(&lab, "vsock_packed", &format!("{DEVICE},packed=on"), &[])?, true);
     Ok(())
 }
 
 #[test]
 fn vsock_split() -> Result<(), Failure> {
     let Some(lab) = lab::require("vsock_split") else { return Ok(()) };
-    layout(&everything(&lab, "vsock_split", &["--without", "ring_packed"])?, false);
+    layout(&everything(&lab, "vsock_split", DEVICE, &["--without", "ring_packed"])?, false);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use crate::table::{Id, Inbox, Slot, Stage, Welcome};
 use crate::worker::{FIRST_PORT, VsockWorker, listener_number};
 
 /// Clients are not accepted for this long once descriptors have run out.
-pub(crate) const DEAF: Duration = Duration::from_millis(100);
+const DEAF: Duration = Duration::from_millis(100);
 /// Clients that are accepted in a row: those that wait keep the listener ready.
 const CLIENTS: usize = 16;
 /// Longest first message of a SEQPACKET client: the line, and what follows it.
@@ -81,7 +81,7 @@ impl VsockWorker {
     }
 
     fn listen(&mut self, on: bool) {
-        self.deaf = !on;
+        self.deaf = (!on).then(|| Instant::now() + DEAF);
         for (number, listener) in (0..).zip(&self.host.listeners) {
             let _ = self.poller.mind(listener.socket.as_fd(), listener_number(number), on);
         }
@@ -305,8 +305,8 @@ fn stream_line(socket: &OwnedFd) -> Line {
 
 /// The line is a message; if anything follows in it, that is the first one for the guest.
 fn message_line(socket: &OwnedFd) -> Line {
-    match syscall::receive(socket.as_fd(), Sink::new(), true) {
-        Ok(message) if message.bytes <= FIRST_MESSAGE => {}
+    match syscall::message_len(socket.as_fd()) {
+        Ok(len) if len <= FIRST_MESSAGE => {}
         Err(Errno::AGAIN) => return Line::NotYet,
         _ => return Line::Nonsense,
     }

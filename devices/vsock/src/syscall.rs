@@ -138,6 +138,15 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, mut sink: Sink<'_>, peek: bool) ->
     Ok(Received { bytes, eor: message.msg_flags & libc::MSG_EOR != 0 })
 }
 
+/// The length of the first message, which stays; 0 also at the end.
+pub(crate) fn message_len(socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+    // Into some room: AF_VSOCK looks for no message if there is none.
+    let mut byte = [0];
+    let mut sink = Sink::new();
+    sink.own(&mut byte);
+    Ok(receive(socket, sink, true)?.bytes)
+}
+
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
     // SAFETY: integers only, for which zero is a value.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };

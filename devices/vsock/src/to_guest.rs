@@ -252,12 +252,12 @@ fn read_message(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
     let Some(key) = slot.key() else { return Turn::Idle };
     if slot.inbox.is_none() {
         let Some(socket) = &slot.socket else { return Turn::Idle };
-        let len = match syscall::receive(socket.as_fd(), Sink::new(), true) {
-            Ok(message) if message.bytes == 0 && slot.ended => {
+        let len = match syscall::message_len(socket.as_fd()) {
+            Ok(0) if slot.ended => {
                 end_of_input(slot);
                 return Turn::Idle;
             }
-            Ok(message) => message.bytes,
+            Ok(len) => len,
             Err(Errno::AGAIN) => {
                 slot.readable = false;
                 return Turn::Idle;

@@ -88,8 +88,8 @@ pub struct VsockWorker {
     /// The guest is to be told that its connections are gone (5.10.6.7).
     pub(crate) event_due: bool,
     timer: Option<Instant>,
-    /// Clients are not accepted for now: no descriptors.
-    pub(crate) deaf: bool,
+    /// Clients are not accepted until then: no descriptors.
+    pub(crate) deaf: Option<Instant>,
 }
 
 impl VsockWorker {
@@ -123,7 +123,7 @@ impl VsockWorker {
             live: false,
             event_due: false,
             timer: None,
-            deaf: false,
+            deaf: None,
         })
     }
 
@@ -288,8 +288,8 @@ impl Worker for VsockWorker {
         }
         self.count();
         self.keep_time(lane);
-        if self.deaf {
-            lane.reactor.set_timer(LISTEN, Instant::now() + crate::host_side::DEAF);
+        if let Some(until) = self.deaf {
+            lane.reactor.set_timer(LISTEN, until);
         }
         Ok(())
     }

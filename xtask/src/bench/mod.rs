@@ -14,6 +14,7 @@ mod console;
 mod peer;
 mod probe;
 mod rng;
+mod vsock;
 
 /// What can be measured.
 pub(crate) const NAMES: [(&str, &str); 6] = [
@@ -23,6 +24,10 @@ pub(crate) const NAMES: [(&str, &str); 6] = [
     ("block", "our block daemon beside a floor and QEMU's storage daemon (3 minutes)"),
     ("console", "our console daemon beside the floors and rust-vmm's vhost-device-console (1 minute)"),
     ("rng", "our entropy daemon beside the floors and rust-vmm's vhost-device-rng (2 minutes)"),
+    (
+        "vsock",
+        "our socket daemon beside rust-vmm's vhost-device-vsock and Unix sockets themselves (1 minute)",
+    ),
 ];
 
 /// Prints what there is.
@@ -40,6 +45,7 @@ pub(crate) fn run(name: &str, arguments: &[String]) -> Result<bool> {
         "block" => return block::run(&workspace, arguments),
         "console" => return console::run(&workspace, arguments),
         "rng" => return rng::run(&workspace, arguments),
+        "vsock" => return vsock::run(&workspace, arguments),
         _ => {}
     }
     if name == "bus" {

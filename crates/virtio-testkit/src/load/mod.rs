@@ -16,6 +16,7 @@ mod histogram;
 mod placement;
 mod requests;
 mod ring;
+pub mod sockets;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

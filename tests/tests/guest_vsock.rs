@@ -218,7 +218,7 @@ ask serves
         .vhost_user(device, &daemon.socket())
         .archive(&bundle.path())
         .script(&text)
-        .limit(Duration::from_secs(150))
+        .limit(Duration::from_secs(300))
         .start()?;
     let log = |error: Failure, daemon: &Daemon| error.with_log(DAEMON, &daemon.stderr());
     guest.wait_told("up", 1).map_err(|error| log(error, &daemon))?;

@@ -38,8 +38,9 @@ fn run(lanes: Vec<LaneRunner<VsockWorker>>) {
 
 /// A connection to the host and one of the host, with a refusal before; bytes both ways, and the clean end.
 fn drive(wired: Wired<impl RegisterAccess>, dir: &TempDir) {
-    let mut driver =
-        VsockConnectionManager::new(VirtIOSocket::<RamHal, _>::new(wired).expect("a device that is accepted"));
+    let mut driver = VsockConnectionManager::new(
+        VirtIOSocket::<RamHal, _>::new(wired).expect("a device that is accepted"),
+    );
     assert_eq!(driver.guest_cid(), 42);
     let host = VsockAddr { cid: 2, port: 77 };
     driver.connect(host, 1000).expect("a request");

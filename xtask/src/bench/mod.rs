@@ -17,7 +17,7 @@ mod rng;
 mod vsock;
 
 /// What can be measured.
-pub(crate) const NAMES: [(&str, &str); 6] = [
+pub(crate) const NAMES: [(&str, &str); 7] = [
     ("bus", "our buses and registers beside bare ones and rust-vmm's vm-device (2 minutes)"),
     ("rings", "our virtqueues beside a bare loop and rust-vmm's virtio-queue (5 minutes)"),
     ("daemon", "what a daemon costs beside its requests: start, memory, wake-ups (1 minute)"),

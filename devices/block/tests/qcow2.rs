@@ -280,6 +280,36 @@ fn what_is_no_image_is_refused() {
     assert!(refused(&image, options(), &[]).contains("another file"));
 }
 
+/// What holds an image together is looked at before it is written to: see `backend/qcow2/check.rs`. To read it, nothing of
+/// that is needed.
+#[test]
+fn an_image_whose_counts_or_tables_are_nonsense_is_not_written_to() {
+    let folder = TempDir::new();
+    let path = folder.join("disk.qcow2");
+    make(&path, 8 * MIB, None);
+    write(&*open(&path, options()).unwrap(), 0, vec![1; 8192], true);
+    let good = fs::read(&path).unwrap();
+    let offset = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap()) as usize;
+    let table = offset(48);
+    let block = offset(table);
+    for (why, at, bytes) in [
+        ("too short for the disk", 24, (1u64 << 50).to_be_bytes()),
+        ("is not within the file", 48, (1u64 << 40).to_be_bytes()),
+        ("is not within the file", table, (1u64 << 40).to_be_bytes()),
+        ("there twice", table + 8, (block as u64).to_be_bytes()),
+        ("the header counts as free", block, [0; 8]),
+        ("has no reference count", table, [0; 8]),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + 8].copy_from_slice(&bytes);
+        fs::write(&path, bad).unwrap();
+        let refusal = refused(&path, options(), &[]);
+        assert!(refusal.contains(why), "{why}: {refusal}");
+    }
+    fs::write(&path, &good).unwrap();
+    open(&path, options()).unwrap();
+}
+
 /// Every byte of header and tables, changed in many ways: an error or a disk with wrong contents, never a panic of ours, never
 /// a hang.
 #[test]

@@ -67,6 +67,11 @@ pub(super) fn sound(file: &File) -> io::Result<()> {
     if l1_bytes > 8 * TABLE {
         return Err(bad("an L1 table that is too long"));
     }
+    // The library would enlarge it at the first write, cluster by cluster, however large the disk claims to be.
+    let each_l2 = (1u64 << cluster_bits) * (1 << (cluster_bits - 3));
+    if offset(24).div_ceil(each_l2) > number(36) {
+        return Err(bad("an L1 table that is too short for the disk"));
+    }
     counts.used("the L1 table", l1, l1_bytes.div_ceil(1 << cluster_bits))
 }
 

@@ -9,8 +9,7 @@
 //! Speed. Elements cost what they cost in a split ring: the place is an offset in bytes, so that stepping is an addition and
 //! one compare, which also is the bounds check, with a branch that is hardly ever taken; a descriptor is read with the lap's
 //! flags taken out, so that one test tells whether it is ours and of the usual kind. What a buffer costs beyond the
-//! benchmark's bare loop is instructions: some 275 instead of 175 for a pop of two elements, a completion and a
-//! publication (callgrind), for three calls and the chain's record, which is written at the pop and read at the
+//! benchmark's bare loop is instructions, for calls and the chain's record, which is written at the pop and read at the
 //! completion. With many chains out the records do not fit the first-level cache; so a completion reads one line of
 //! them, the first. Publishing one buffer at a time is dearer by what is stored before it: the full barrier waits for
 //! all of that. Batches pay it once.

@@ -18,7 +18,7 @@ pub(crate) struct Guest {
     #[serde(alias = "guest-cid")]
     guest_cid: Option<u64>,
 
-    /// Unix sockets of the host: PATH for clients, PATH_<port> for connections of the guest; with --socket-count
+    /// Unix sockets of the host: PATH for clients, PATH_PORT for connections of the guest; with --socket-count
     /// numbered as the sockets are
     #[arg(long, visible_alias = "uds_path", value_name = "PATH", conflicts_with = "forward_cid")]
     #[serde(alias = "uds-path")]

@@ -4,7 +4,7 @@
 //! there, no other child of the test inherits it, and nothing has to be done between fork and exec.
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -109,6 +109,26 @@ impl DaemonProcess {
     #[track_caller]
     pub fn spawn(command: &mut Command) -> DaemonProcess {
         DaemonProcess(command.spawn().expect("the daemon starts"))
+    }
+
+    /// Runs a daemon to its end, which has to come by itself.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[track_caller]
+    pub fn run(program: &str, args: &[&str]) -> Output {
+        Command::new(program).args(args).stdin(Stdio::null()).output().expect("the daemon starts")
+    }
+
+    /// Starts a daemon on a socket, see [`Self::ready`].
+    ///
+    /// # Panics
+    /// If it does not start or does not get ready.
+    #[track_caller]
+    pub fn listening(program: &str, socket: &Path, args: &[&str]) -> DaemonProcess {
+        let mut command = announcing(Path::new(program));
+        command.args(["--log-level", "warn", "--socket-path"]).arg(socket);
+        DaemonProcess::ready(command.args(args))
     }
 
     /// Starts a daemon by an [`announcing`] command and waits until its sockets accept connections.

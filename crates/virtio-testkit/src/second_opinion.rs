@@ -3,20 +3,36 @@
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PhysAddr, Result};
-use vm_virtio::GuestAddress;
+use vm_virtio::transport::Options;
+use vm_virtio::{GuestAddress, LaneRunner, Worker};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::TestRam;
-use crate::transport::RegisterAccess;
+use crate::transport::{Deaf, Kicks, RegisterAccess};
 
 /// Guest memory of all these drivers in a process: the crate's memory functions know no device.
 pub fn ram() -> &'static TestRam {
     static RAM: OnceLock<TestRam> = OnceLock::new();
     RAM.get_or_init(|| TestRam::new(&[(1 << 20, 16 << 20)]))
+}
+
+/// How a device is behind a transport here: on threads of its own, with this kind of kicks.
+pub fn options(kicks: Kicks) -> Options {
+    let mut options = Options::new(Arc::new(Deaf));
+    (options.kicks, options.patience) = (kicks, Duration::from_secs(20));
+    options
+}
+
+/// Gives each lane of a device a thread.
+pub fn run<W: Worker>(lanes: Vec<LaneRunner<W>>) {
+    for lane in lanes {
+        drop(std::thread::spawn(move || lane.run()));
+    }
 }
 
 /// Memory of [`ram`] for the crate's drivers.

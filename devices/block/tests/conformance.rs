@@ -1,4 +1,4 @@
-//! The conformance suite of `virtio-testkit`, over the library and over the daemon.
+//! The conformance suite of `virtio-testkit`, over the library, its transports, and the daemon.
 mod support;
 
 use std::sync::Arc;

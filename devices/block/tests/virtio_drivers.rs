@@ -2,27 +2,21 @@
 //! image, and what is in the image it reads.
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_block::backend::{self, OpenOptions};
 use virtio_block::{Block, Options as BlockOptions};
 use virtio_drivers::device::blk::{SECTOR_SIZE, VirtIOBlk};
 use virtio_drivers::transport::DeviceType;
 use virtio_testkit::daemon::TempDir;
-use virtio_testkit::second_opinion::{RamHal, Wired, ram};
+use virtio_testkit::second_opinion::{RamHal, Wired, options, ram, run};
 use virtio_testkit::transport::{RegisterAccess, TestFunction, TestLine};
+use vm_virtio::WaitFor;
+use vm_virtio::transport::Kicks;
 use vm_virtio::transport::mmio::Mmio;
 use vm_virtio::transport::pci::Pci;
-use vm_virtio::transport::{Kicks, Options};
-use vm_virtio::{HostEvent, HostEvents, LaneRunner, WaitFor};
 
 const SERIAL: &[u8] = b"second-opinion";
 const SECTORS: usize = 2048;
-
-struct Deaf;
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
 
 fn disk(path: &Path, read_only: bool) -> Block {
     let options = OpenOptions { read_only, lock: true, ..OpenOptions::default() };
@@ -31,18 +25,6 @@ fn disk(path: &Path, read_only: bool) -> Block {
     options.serial = String::from_utf8(SERIAL.to_vec()).expect("a serial number");
     options.read_only = read_only;
     Block::new(image, options).expect("a disk")
-}
-
-fn options(kicks: Kicks) -> Options {
-    let mut options = Options::new(Arc::new(Deaf));
-    (options.kicks, options.patience) = (kicks, Duration::from_secs(20));
-    options
-}
-
-fn run(lanes: Vec<LaneRunner<virtio_block::BlockWorker>>) {
-    for lane in lanes {
-        drop(std::thread::spawn(move || lane.run()));
-    }
 }
 
 fn image(folder: &TempDir) -> std::path::PathBuf {

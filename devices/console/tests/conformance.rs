@@ -1,4 +1,4 @@
-//! The conformance suite of `virtio-testkit`, over the library and over the daemon.
+//! The conformance suite of `virtio-testkit`, over the library, its transports, and the daemon.
 #![cfg(feature = "daemon")]
 mod daemon;
 mod support;

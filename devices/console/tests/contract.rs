@@ -10,7 +10,7 @@
 //! | ports are announced after DEVICE_READY (5.3.5, item 3) | `c5_3_5_nothing_...` |
 //! | without MULTIPORT queues 0 and 1 only (5.3.2); queues 2 and 3 are control (trap) | `c5_3_2_...` |
 //! | transmit buffers are not written | `c5_3_6_output_...`, each use of `Guest::written` |
-//! | common rules | `conformance.rs`, `transports.rs` |
+//! | common rules | `conformance.rs` |
 //! | malformed: short, unknown, of no port; buffers of the wrong kind | `peers_console_an_unknown_...`, `what_is_of_the_wrong_kind_...` |
 //! | PORT_READY(0), DEVICE_READY(0) | `a_driver_that_failed_...` |
 //! | no control receive buffer: later, none lost | `without_control_buffers_...` |

@@ -3,35 +3,18 @@ mod support;
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use support::{Place, SOON, console};
 use virtio_drivers::device::console::VirtIOConsole;
 use virtio_drivers::transport::DeviceType;
-use virtio_testkit::second_opinion::{RamHal, Wired, ram};
+use virtio_testkit::second_opinion::{RamHal, Wired, options, ram, run};
 use virtio_testkit::transport::{RegisterAccess, TestFunction, TestLine};
 use vm_virtio::controls::{ControlRequest, Value};
+use vm_virtio::transport::Kicks;
 use vm_virtio::transport::mmio::Mmio;
 use vm_virtio::transport::pci::Pci;
-use vm_virtio::transport::{Kicks, Options};
-use vm_virtio::{HostEvent, HostEvents, HostRequest, LaneRunner, WaitFor};
-
-struct Deaf;
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
-
-fn options(kicks: Kicks) -> Options {
-    let mut options = Options::new(Arc::new(Deaf));
-    (options.kicks, options.patience) = (kicks, Duration::from_secs(20));
-    options
-}
-
-fn run(lanes: Vec<LaneRunner<virtio_console::ConsoleWorker>>) {
-    for lane in lanes {
-        drop(std::thread::spawn(move || lane.run()));
-    }
-}
+use vm_virtio::{HostRequest, WaitFor};
 
 fn drive(wired: Wired<impl RegisterAccess>, place: &Place, size: (u16, u16)) {
     let mut driver = VirtIOConsole::<RamHal, _>::new(wired).expect("a device that is accepted");

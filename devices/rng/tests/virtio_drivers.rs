@@ -1,37 +1,19 @@
 //! An independent driver: that of the `virtio-drivers` crate for entropy devices, over our registers.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::DeviceType;
 use virtio_rng::{Entropy, Rng};
-use virtio_testkit::second_opinion::{RamHal, Wired, ram};
+use virtio_testkit::second_opinion::{RamHal, Wired, options, ram, run};
 use virtio_testkit::transport::{RegisterAccess, TestFunction, TestLine};
+use vm_virtio::WaitFor;
+use vm_virtio::transport::Kicks;
 use vm_virtio::transport::mmio::Mmio;
 use vm_virtio::transport::pci::Pci;
-use vm_virtio::transport::{Kicks, Options};
-use vm_virtio::{HostEvent, HostEvents, LaneRunner, WaitFor};
-
-struct Deaf;
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
 
 fn rng() -> Rng {
     Rng::new(&Entropy::insecure_seeded(7), 0, None).expect("an entropy device")
-}
-
-fn options(kicks: Kicks) -> Options {
-    let mut options = Options::new(Arc::new(Deaf));
-    (options.kicks, options.patience) = (kicks, Duration::from_secs(20));
-    options
-}
-
-fn run(lanes: Vec<LaneRunner<virtio_rng::RngWorker>>) {
-    for lane in lanes {
-        drop(std::thread::spawn(move || lane.run()));
-    }
 }
 
 fn drive(wired: Wired<impl RegisterAccess>) {

@@ -1,6 +1,6 @@
-//! What virtio and vhost-user demand of every device, in memory and over the daemon's socket.
+//! What virtio and vhost-user demand of every device: in memory, over registers, over the daemon's socket.
 use virtio_testkit::conformance::Subject;
-use virtio_testkit::daemon::{DaemonProcess, TempDir, announcing};
+use virtio_testkit::daemon::{DaemonProcess, TempDir};
 use virtio_vsock::{Exchange, HostSide, Settings, Vsock};
 
 virtio_testkit::conformance!(
@@ -9,9 +9,9 @@ virtio_testkit::conformance!(
     daemon = || {
         let directory = TempDir::new();
         let socket = directory.join("vsock.sock");
-        let mut command = announcing(std::path::Path::new(env!("CARGO_BIN_EXE_vhost-device-vsock")));
-        command.args(["--log-level", "warn", "--uds-path"]).arg(directory.join("vm"));
-        command.arg("--socket-path").arg(&socket);
-        ((DaemonProcess::ready(&mut command), directory), socket)
+        let path = directory.join("vm");
+        let args = ["--uds-path", path.to_str().unwrap()];
+        let daemon = DaemonProcess::listening(env!("CARGO_BIN_EXE_vhost-device-vsock"), &socket, &args);
+        ((daemon, directory), socket)
     },
 );

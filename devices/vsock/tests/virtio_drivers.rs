@@ -2,38 +2,20 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_drivers::device::socket::{VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType};
 use virtio_drivers::transport::DeviceType;
 use virtio_testkit::daemon::TempDir;
-use virtio_testkit::second_opinion::{RamHal, Wired, ram};
+use virtio_testkit::second_opinion::{RamHal, Wired, options, ram, run};
 use virtio_testkit::transport::{RegisterAccess, TestFunction, TestLine};
-use virtio_vsock::{Exchange, HostSide, Settings, Vsock, VsockWorker};
+use virtio_vsock::{Exchange, HostSide, Settings, Vsock};
+use vm_virtio::WaitFor;
+use vm_virtio::transport::Kicks;
 use vm_virtio::transport::mmio::Mmio;
 use vm_virtio::transport::pci::Pci;
-use vm_virtio::transport::{Kicks, Options};
-use vm_virtio::{HostEvent, HostEvents, LaneRunner, WaitFor};
-
-struct Deaf;
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
 
 fn vsock(dir: &TempDir) -> Vsock {
     Vsock::new(Settings::new(42, HostSide::Unix(dir.join("vm"))), &Exchange::new()).expect("a socket device")
-}
-
-fn options(kicks: Kicks) -> Options {
-    let mut options = Options::new(Arc::new(Deaf));
-    (options.kicks, options.patience) = (kicks, Duration::from_secs(20));
-    options
-}
-
-fn run(lanes: Vec<LaneRunner<VsockWorker>>) {
-    for lane in lanes {
-        drop(std::thread::spawn(move || lane.run()));
-    }
 }
 
 /// A connection to the host and one of the host, with a refusal before; bytes both ways, and the clean end.

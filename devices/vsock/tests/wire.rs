@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 use virtio_testkit::daemon::{DaemonProcess, TempDir, announcing};
@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(20);
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-vsock");
 
 fn run(args: &[&str]) -> Output {
-    Command::new(DAEMON).args(args).stdin(Stdio::null()).output().expect("the daemon starts")
+    DaemonProcess::run(DAEMON, args)
 }
 
 fn start(args: &[&str]) -> DaemonProcess {

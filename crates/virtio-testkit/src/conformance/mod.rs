@@ -23,7 +23,8 @@ use std::time::Duration;
 
 use vm_virtio::{Features, RingPos};
 
-use crate::{RingLayout, Violation};
+use crate::transport::Machine;
+use crate::{RingLayout, TestRam, Violation};
 
 pub use bench::Bench;
 pub use host::Host;
@@ -270,7 +271,34 @@ pub fn check(host: &mut dyn Host, subject: Option<&Subject>, patience: Duration)
     Report { rows }
 }
 
-/// The conformance suite for a device, as tests: in memory, and with `daemon` over its socket as well.
+/// Runs every line over registers: all pass or do not apply, and `not_here` are those that cannot apply, with the reason.
+///
+/// # Panics
+/// If one fails, or if one of `not_here` applies.
+pub fn check_registers(
+    machine: impl FnMut(&TestRam) -> Machine,
+    subject: &Subject,
+    not_here: &[(&str, &str)],
+) {
+    let report = check(&mut RegisterBench::new(machine), Some(subject), Duration::from_secs(5));
+    report.assert_passed();
+    let outcome = |id: &str| report.rows.iter().find(|row| row.line.id == id).map(|row| &row.outcome);
+    for (line, why) in not_here {
+        assert_eq!(outcome(line), Some(&Outcome::NotApplicable((*why).to_owned())), "{line}");
+    }
+    if !not_here.contains(&NOT_ON_CHANNELS) {
+        assert_eq!(outcome(NOT_ON_CHANNELS.0), Some(&Outcome::Pass));
+    }
+}
+
+/// Wherever there are registers.
+pub const NOT_BY_REGISTERS: (&str, &str) =
+    ("begins-where-told", "a transport starts rings at their beginning");
+/// 4.3.4: reserved for future use.
+pub const NOT_ON_CHANNELS: (&str, &str) = ("queue-reset", "ring_reset not offered");
+
+/// The conformance suite for a device, as tests: in memory, over each transport, with kicks and interrupts of both kinds, and
+/// with `daemon` over its socket as well.
 ///
 /// ```text
 /// virtio_testkit::conformance!(
@@ -287,6 +315,33 @@ macro_rules! conformance {
             let mut host = $crate::conformance::MemoryBench::new($device);
             let patience = ::std::time::Duration::from_secs(5);
             $crate::conformance::check(&mut host, Some(&$subject), patience).assert_passed();
+        }
+
+        #[test]
+        fn conformance_over_mmio() {
+            use $crate::conformance::{NOT_BY_REGISTERS, check_registers};
+            for kicks in [$crate::transport::Kicks::Files, $crate::transport::Kicks::Calls] {
+                let machine = |ram: &_| $crate::transport::Machine::mmio(($device)(), ram, kicks);
+                check_registers(machine, &$subject, &[NOT_BY_REGISTERS]);
+            }
+        }
+
+        #[test]
+        fn conformance_over_pci() {
+            use $crate::conformance::{NOT_BY_REGISTERS, check_registers};
+            for messages in [false, true] {
+                let machine = |ram: &_| $crate::transport::Machine::pci(($device)(), ram, messages);
+                check_registers(machine, &$subject, &[NOT_BY_REGISTERS]);
+            }
+        }
+
+        #[test]
+        fn conformance_over_ccw() {
+            use $crate::conformance::{NOT_BY_REGISTERS, NOT_ON_CHANNELS, check_registers};
+            for adapter in [false, true] {
+                let machine = |ram: &_| $crate::transport::Machine::ccw(($device)(), ram, adapter);
+                check_registers(machine, &$subject, &[NOT_BY_REGISTERS, NOT_ON_CHANNELS]);
+            }
         }
 
         $(

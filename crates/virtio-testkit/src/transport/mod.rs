@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use vm_virtio::transport::{Kicks, Line, Options};
+pub use vm_virtio::transport::Kicks;
+use vm_virtio::transport::{Line, Options};
 use vm_virtio::{
     Features, HostEvent, HostEvents, LaneRunner, QueueConfig, Status, VirtioDevice, WaitFor, Worker,
 };

@@ -4,10 +4,10 @@ pub(crate) mod memory;
 pub(crate) mod probe;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
-use virtio_testkit::daemon::{DaemonProcess, TempDir, announcing};
+use virtio_testkit::daemon::{DaemonProcess, TempDir};
 use virtio_testkit::{Buf, RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 
 /// Longer than anything takes.
@@ -84,15 +84,13 @@ pub(crate) fn chain(ram: &TestRam, kind: u32, sector: u64, data: &[u8], room: u3
 
 /// Runs the daemon to its end, which has to come by itself.
 pub(crate) fn run(args: &[&str]) -> Output {
-    Command::new(DAEMON).args(args).stdin(Stdio::null()).output().expect("the daemon starts")
+    DaemonProcess::run(DAEMON, args)
 }
 
 /// Starts the daemon on a socket and waits for its word that it is ready.
 #[track_caller]
 pub(crate) fn start(socket: &Path, args: &[&str]) -> DaemonProcess {
-    let mut command = announcing(Path::new(DAEMON));
-    command.args(["--log-level", "warn", "--socket-path"]).arg(socket);
-    DaemonProcess::ready(command.args(args))
+    DaemonProcess::listening(DAEMON, socket, args)
 }
 
 /// A driver with everything that the daemon offers.

@@ -1,10 +1,10 @@
 //! Runs the daemon for wire tests: a directory of its own, readiness, signals, the end.
 #![allow(dead_code, reason = "each test binary uses what it needs")]
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
-use virtio_testkit::daemon::{DaemonProcess, announcing};
+use virtio_testkit::daemon::DaemonProcess;
 use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
 
 /// Longer than anything takes.
@@ -14,15 +14,13 @@ const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-rng");
 
 /// Runs the daemon to its end, which has to come by itself.
 pub(crate) fn run(args: &[&str]) -> Output {
-    Command::new(DAEMON).args(args).stdin(Stdio::null()).output().expect("the daemon starts")
+    DaemonProcess::run(DAEMON, args)
 }
 
 /// Starts the daemon on a socket and waits for its word that it is ready.
 #[track_caller]
 pub(crate) fn start(socket: &Path, args: &[&str]) -> DaemonProcess {
-    let mut command = announcing(Path::new(DAEMON));
-    command.args(["--log-level", "warn", "--socket-path"]).arg(socket);
-    DaemonProcess::ready(command.args(args))
+    DaemonProcess::listening(DAEMON, socket, args)
 }
 
 /// A driver with everything that the daemon offers.

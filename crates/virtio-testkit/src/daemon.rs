@@ -120,6 +120,33 @@ impl DaemonProcess {
         Command::new(program).args(args).stdin(Stdio::null()).output().expect("the daemon starts")
     }
 
+    /// Runs a daemon with a command line that makes no sense: it exits with 2 and says all of these words.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn refuses(program: &str, args: &[&str], words: &[&str]) {
+        let output = DaemonProcess::run(program, args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+        for word in words {
+            assert!(text.contains(word), "{args:?}: no {word:?} in {text:?}");
+        }
+    }
+
+    /// As [`Self::refuses`], before anything is made, with a socket that would be there otherwise.
+    ///
+    /// # Panics
+    /// If it does not, or leaves something behind.
+    #[track_caller]
+    pub fn refuses_to_listen(program: &str, args: &[&str], words: &[&str]) {
+        let directory = TempDir::new();
+        let socket = directory.join("device.sock");
+        let socket = socket.to_str().expect("a path in UTF-8");
+        DaemonProcess::refuses(program, &[&["--socket-path", socket], args].concat(), words);
+        assert_eq!(directory.names(), Vec::<String>::new(), "{args:?}");
+    }
+
     /// Starts a daemon on a socket, see [`Self::ready`].
     ///
     /// # Panics

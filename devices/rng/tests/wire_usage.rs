@@ -4,22 +4,12 @@ mod support;
 
 use support::{ask, connect, run, start};
 use virtio_testkit::RingLayout;
-use virtio_testkit::daemon::TempDir;
+use virtio_testkit::daemon::{DaemonProcess, TempDir};
 
 /// Exit code 2, nothing left behind, and a message with these words.
 #[track_caller]
 fn refused(args: &[&str], words: &[&str]) {
-    let directory = TempDir::new();
-    let socket = directory.join("rng.sock");
-    let mut all = vec!["--socket-path", socket.to_str().unwrap()];
-    all.extend(args);
-    let output = run(&all);
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
-    for word in words {
-        assert!(text.contains(word), "{args:?}: no {word:?} in {text:?}");
-    }
-    assert_eq!(directory.names(), Vec::<String>::new(), "{args:?}");
+    DaemonProcess::refuses_to_listen(support::DAEMON, args, words);
 }
 
 #[test]

@@ -88,12 +88,7 @@ fn packet(op: Op, port: u32, peer: (u32, u32)) -> Header {
 
 #[track_caller]
 fn refused(args: &[&str], words: &[&str]) {
-    let output = run(args);
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
-    for word in words {
-        assert!(text.contains(word), "{args:?}: no {word:?} in {text:?}");
-    }
+    DaemonProcess::refuses(DAEMON, args, words);
 }
 
 #[test]

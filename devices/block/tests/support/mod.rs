@@ -13,7 +13,7 @@ use virtio_testkit::{Buf, RingLayout, TestRam, VhostUserDriver, VhostUserOptions
 /// Longer than anything takes.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-block");
+pub(crate) const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-block");
 
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;

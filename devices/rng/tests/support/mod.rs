@@ -10,7 +10,7 @@ use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
 /// Longer than anything takes.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-rng");
+pub(crate) const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-rng");
 
 /// Runs the daemon to its end, which has to come by itself.
 pub(crate) fn run(args: &[&str]) -> Output {

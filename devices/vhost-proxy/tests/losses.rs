@@ -163,7 +163,7 @@ fn a_back_end_that_stays_away_needs_a_reset_and_one_that_is_back_in_time_does_no
     let mut guest = Guest::running(proxy, Setup::new(RingLayout::Split));
     guest.works();
     backend.kill();
-    until("it is given up", || guest.needs_reset());
+    until("it is given up", || guest.failure_is_told());
     assert_eq!(guest.ear.reasons(), ["the back-end has been gone for 400ms"]);
     assert!(guest.ear.count(|event| matches!(event, HostEvent::NeedsReset { .. })) == 1);
     // The driver resets: that works without a back-end, and the device with the next one.
@@ -191,7 +191,7 @@ fn another_back_end_in_its_place_needs_a_reset() {
         guest.works();
         backend.kill();
         backend.restart_with(arguments);
-        until("it is found out", || guest.needs_reset());
+        until("it is found out", || guest.failure_is_told());
         let reasons = guest.ear.reasons();
         assert!(reasons[0].contains("other") && reasons[0].contains(what), "{reasons:?}");
         // The right one again.
@@ -222,7 +222,7 @@ fn without_in_flight_tracking_only_what_is_certain_goes_on() {
     // Something is out: nobody knows what.
     guest.held(0, b"Hold this");
     backend.restart();
-    until("it is found out", || guest.needs_reset());
+    until("it is found out", || guest.failure_is_told());
     assert!(guest.ear.reasons()[0].contains("lost with requests"), "{:?}", guest.ear.reasons());
     guest.reset();
     guest.bring_up();
@@ -232,7 +232,7 @@ fn without_in_flight_tracking_only_what_is_certain_goes_on() {
     let mut guest = through(&double, echo_options(), RingLayout::Packed);
     guest.works();
     backend.restart();
-    until("it is found out", || guest.needs_reset());
+    until("it is found out", || guest.failure_is_told());
     guest.reset();
     guest.bring_up();
     guest.works();
@@ -358,7 +358,7 @@ fn memory_that_cannot_be_shared_needs_a_reset() {
     guest.engine.memory(vm_virtio::GuestRam::new(&private), WaitFor::NewRequests).wait();
     guest.start(0, None);
     guest.ready();
-    until("it is found out", || guest.needs_reset());
+    until("it is found out", || guest.failure_is_told());
     assert!(guest.ear.reasons()[0].contains("queue 0"), "{:?}", guest.ear.reasons());
     guest.reset();
     guest.bring_up();

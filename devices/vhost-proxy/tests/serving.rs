@@ -243,7 +243,7 @@ fn memory_changes_while_requests_are_served() {
         // What is gone is gone for the back-end, too.
         guest.lines[0].ring.add(&[virtio_testkit::Buf::readable(high, 32)]);
         guest.kick(0);
-        until("the ring is broken", || guest.needs_reset());
+        until("the ring is broken", || guest.failure_is_told());
         assert_eq!(guest.ear.count(|event| matches!(event, HostEvent::QueueFault { queue: 0, .. })), 1);
         guest.reset();
         guest.bring_up();
@@ -260,7 +260,7 @@ fn policy_1_a_broken_ring_stops_alone_and_needs_a_reset() {
         let nowhere = virtio_testkit::Buf::writable(GuestAddress(1 << 40), 16);
         guest.lines[0].ring.add(&[nowhere]);
         guest.kick(0);
-        until("the ring is broken", || guest.needs_reset());
+        until("the ring is broken", || guest.failure_is_told());
         assert_eq!(guest.ear.count(|event| matches!(event, HostEvent::QueueFault { queue: 0, .. })), 1);
         guest.works_on(1);
         guest.reset();
@@ -432,7 +432,7 @@ fn a_state_that_the_back_end_does_not_take_needs_a_reset() {
     drop(guest);
     let mut guest = Guest::new(proxy(&there), Setup::new(RingLayout::Split));
     guest.engine.restore(&state).wait().expect("as far as this side can tell");
-    until("the back-end has said no", || guest.needs_reset());
+    until("the back-end has said no", || guest.failure_is_told());
     assert!(
         guest.ear.reasons().iter().any(|why| why.contains("CHECK_DEVICE_STATE")),
         "{:?}",

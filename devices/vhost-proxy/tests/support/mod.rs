@@ -393,6 +393,11 @@ impl Guest {
     pub fn needs_reset(&self) -> bool {
         self.engine.status().contains(Status::DEVICE_NEEDS_RESET)
     }
+
+    /// The status comes first and the host's events behind it, from another thread: who looks at these waits for the last.
+    pub fn failure_is_told(&self) -> bool {
+        self.needs_reset() && self.ear.count(|event| matches!(event, HostEvent::NeedsReset { .. })) > 0
+    }
 }
 
 /// Waits for something that comes without a notification.

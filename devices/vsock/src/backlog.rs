@@ -1,6 +1,7 @@
 //! What a guest has sent and the host's socket has not taken yet: bytes of a stream, or messages.
 //!
-//! Never larger than the credit that was promised ([`crate::flow`]), and no memory at all while there is nothing.
+//! Never more bytes than the credit that was promised ([`crate::flow`]), never more messages than these bytes
+//! ([`Backlog::end_message`]), and no memory at all while there is nothing.
 use std::collections::VecDeque;
 
 use vm_virtio::queue::Reader;
@@ -13,6 +14,23 @@ pub(crate) struct Message {
     pub(crate) eor: bool,
 }
 
+/// A [`Message`] in four bytes: messages of one byte each take no more than five times what they hold.
+#[derive(Clone, Copy, Debug)]
+struct Packed(u32);
+
+impl From<Message> for Packed {
+    fn from(message: Message) -> Packed {
+        // A message is no longer than the credit, which is 16 MiB at most.
+        Packed(u32::try_from(message.len).unwrap_or(u32::MAX) << 1 | u32::from(message.eor))
+    }
+}
+
+impl From<Packed> for Message {
+    fn from(Packed(both): Packed) -> Message {
+        Message { len: (both >> 1) as usize, eor: both & 1 != 0 }
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
@@ -20,7 +38,7 @@ pub(crate) struct Backlog {
     /// Bytes before this are gone.
     start: usize,
     /// SEQPACKET: messages from `start` on. What follows them is a message that is not complete.
-    messages: VecDeque<Message>,
+    messages: VecDeque<Packed>,
     complete: usize,
 }
 
@@ -44,11 +62,17 @@ impl Backlog {
         }
     }
 
-    /// What was appended since the last message is one, too.
-    pub(crate) fn end_message(&mut self, eor: bool) {
+    /// What was appended since the last message is one, too. False: there are `most` already. Messages without a byte
+    /// take no credit, so that only this bounds them.
+    #[must_use]
+    pub(crate) fn end_message(&mut self, eor: bool, most: u32) -> bool {
+        if self.messages.len() as u64 >= u64::from(most) {
+            return false;
+        }
         let len = self.len() - self.complete;
         self.complete += len;
-        self.messages.push_back(Message { len, eor });
+        self.messages.push_back(Message { len, eor }.into());
+        true
     }
 
     /// The bytes of a stream.
@@ -58,7 +82,7 @@ impl Backlog {
 
     /// The first complete message.
     pub(crate) fn message(&self) -> Option<(&[u8], Message)> {
-        let message = *self.messages.front()?;
+        let message = Message::from(*self.messages.front()?);
         Some((self.bytes.get(self.start..self.start + message.len)?, message))
     }
 
@@ -75,7 +99,7 @@ impl Backlog {
 
     /// The first message is done with.
     pub(crate) fn consume_message(&mut self) {
-        if let Some(message) = self.messages.pop_front() {
+        if let Some(message) = self.messages.pop_front().map(Message::from) {
             self.complete -= message.len;
             self.consume(message.len);
         }

@@ -183,7 +183,7 @@ impl VsockWorker {
                     Kind::SeqPacket => {
                         slot.backlog.append(payload, len);
                         if eom {
-                            slot.backlog.end_message(eor);
+                            end_message(slot, eor);
                         }
                     }
                 }
@@ -337,9 +337,16 @@ fn message_from(slot: &mut Slot, payload: &mut Reader<'_>, len: usize, eor: bool
         Err(Errno::AGAIN) => {
             slot.writable &= !fits;
             slot.backlog.append(payload, len);
-            slot.backlog.end_message(eor);
+            end_message(slot, eor);
         }
         Err(error) => fail(slot, error),
+    }
+}
+
+/// The message in the backlog is complete. More of them than bytes of credit can only be empty ones, without end.
+fn end_message(slot: &mut Slot, eor: bool) {
+    if !slot.backlog.end_message(eor, slot.flow.buf_alloc()) {
+        slot.flow.abort();
     }
 }
 

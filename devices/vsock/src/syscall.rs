@@ -125,6 +125,9 @@ pub(crate) struct Received {
     pub(crate) bytes: usize,
     /// It ends a record: sockets that know of such.
     pub(crate) eor: bool,
+    /// There was control data for which there is no room: files that a client passes. The kernel ends a read there,
+    /// however much follows (`MSG_CTRUNC`).
+    pub(crate) cut: bool,
 }
 
 /// Receives without waiting. With `peek` nothing is taken, and the length is that of the whole message.
@@ -135,7 +138,8 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, mut sink: Sink<'_>, peek: bool) ->
     // SAFETY: as for `send`, and each piece may be written: guest memory that the driver made writable and nothing of
     // Rust's refers to, or a slice that the sink borrows exclusively. Without room for control data no file is taken.
     let bytes = again(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) })?;
-    Ok(Received { bytes, eor: message.msg_flags & libc::MSG_EOR != 0 })
+    let flags = message.msg_flags;
+    Ok(Received { bytes, eor: flags & libc::MSG_EOR != 0, cut: flags & libc::MSG_CTRUNC != 0 })
 }
 
 /// The length of the first message, which stays; 0 also at the end.

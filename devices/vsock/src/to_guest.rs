@@ -210,9 +210,9 @@ fn read_stream(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
             slot.burst = (slot.burst * 2).min(BURST);
             return Turn::More;
         }
-        Ok(_) if bytes > 0 => {
-            // All there was. At the end of the stream there is no further event.
-            slot.readable = slot.ended;
+        Ok(received) if bytes > 0 => {
+            // All there was, unless the kernel stopped early. At the end of the stream there is no further event.
+            slot.readable = slot.ended || received.cut;
             slot.burst = u8::try_from(needed).unwrap_or(BURST).max(1);
             return if slot.readable { Turn::More } else { Turn::Idle };
         }

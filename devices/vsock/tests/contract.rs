@@ -4,9 +4,11 @@ mod support;
 
 use std::io::Write;
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{SocketAddrUnix, SocketFlags, SocketType};
 use support::*;
 use virtio_testkit::{RingLayout, Shape};
 use virtio_vsock::packet::{
@@ -860,6 +862,51 @@ fn seqpacket_messages_wait_whole_for_a_client_that_does_not_read() {
         }
         n == 60
     });
+}
+
+/// They take no credit: what bounds them is their number.
+#[test]
+fn policy_8_messages_without_a_byte_are_bounded() {
+    let mut guest = Guest::with(RingLayout::Split, Features::empty(), |settings| settings.buffer_size = 4096);
+    let end = End { kind: Kind::SeqPacket, ..to_host(1, 2) };
+    let listener = listen_seqpacket(&guest.path(2));
+    guest.send(end.packet(Op::Request), &[]);
+    guest.next();
+    // It reads nothing. Its socket takes a few hundred.
+    let _socket = rustix::net::accept_with(&listener, SocketFlags::NONBLOCK).unwrap();
+    let empty = Header { flags: U32::new(SEQ_EOM), ..end.data(0) };
+    let packet = guest.host.ram().readable(empty.as_bytes());
+    let mut sent = 0;
+    while guest.received().iter().all(|packet| !packet.is(Op::Rst)) {
+        while guest.host.ring(TX).free_slots() > 0 {
+            guest.host.ring(TX).add(&[packet]);
+            sent += 1;
+        }
+        guest.host.kick(TX);
+        guest.settle();
+        guest.host.ring(TX).drain();
+        assert!(sent < 100_000, "messages without end");
+    }
+    assert!(sent > 4096, "as many as a message of each byte of credit: {sent}");
+}
+
+/// The kernel ends a read where a file was passed, whatever follows; there is no second event for that.
+#[test]
+fn a_client_that_passes_files_is_read_on() {
+    let mut guest = Guest::new(RingLayout::Split);
+    let stream = guest.connect(to_host(1, 2));
+    let mut room = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut files = SendAncillaryBuffer::new(&mut room);
+    let passed = [stream.as_fd()];
+    assert!(files.push(SendAncillaryMessage::ScmRights(&passed)));
+    let one = [std::io::IoSlice::new(b"one")];
+    rustix::net::sendmsg(&stream, &one, &mut files, SendFlags::empty()).unwrap();
+    (&stream).write_all(b"two").unwrap();
+    let data: Vec<u8> = guest.received().into_iter().flat_map(|packet| packet.data).collect();
+    assert_eq!(data, b"onetwo");
+    // Nothing of it was taken by us: the file is not in this process a second time, so the end is seen at once.
+    drop(stream);
+    assert!(guest.next().is(Op::Shutdown));
 }
 
 #[test]

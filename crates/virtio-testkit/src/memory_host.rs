@@ -202,6 +202,23 @@ impl<D: VirtioDevice> MemoryHost<D> {
     /// # Panics
     /// If the device refuses what it offered.
     pub fn initialise(&mut self) {
+        self.initialise_at(vec![None; self.rings.len()]);
+    }
+
+    /// Another device in place of this one, whose process was killed: the driver notices nothing, and its rings go on where
+    /// they are.
+    ///
+    /// # Panics
+    /// If the engine refuses the device, or it has other queues or features.
+    pub fn take_over(mut self, device: D) -> MemoryHost<D> {
+        let states = (0..self.rings.len()).map(|queue| self.stop_queue(queue, Stop::Drain).ok()).collect();
+        let mut successor = self.successor(device);
+        successor.initialise_at(states);
+        successor.settle();
+        successor
+    }
+
+    fn initialise_at(&mut self, states: Vec<Option<QueueState>>) {
         self.set_status(Status::ACKNOWLEDGE);
         self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
         self.engine.set_driver_features(self.features).expect("features that were offered");
@@ -212,8 +229,8 @@ impl<D: VirtioDevice> MemoryHost<D> {
         );
         let order = self.engine.memory(self.ram.ram(), WaitFor::NewRequests);
         self.finish(order);
-        for queue in 0..self.rings.len() {
-            self.start_queue(queue, None);
+        for (queue, state) in states.into_iter().enumerate() {
+            self.start_queue(queue, state);
             let order = self.engine.enable(queue as u16, true);
             self.finish(order);
         }

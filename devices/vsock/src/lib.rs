@@ -12,8 +12,8 @@
 //! | `backend/` | Unix sockets, AF_VSOCK and siblings |
 //! | `controls.rs` | what can be seen while it runs |
 //!
-//! Nothing of a connection survives a migration: what is saved is nothing, and a restored device tells the guest that its
-//! connections are gone (5.10.6.7).
+//! Nothing of a connection survives a migration or the end of the process: what is saved is nothing, and a restored device, or
+//! the successor of one that was killed, tells the guest that its connections are gone (5.10.6.7).
 mod backend;
 mod backlog;
 mod controls;

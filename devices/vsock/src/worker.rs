@@ -85,6 +85,8 @@ pub struct VsockWorker {
     seqpackets: bool,
     /// Between DRIVER_OK and reset.
     pub(crate) live: bool,
+    /// The driver is there, and its rings have not been looked at: it may have had another device before this one.
+    stranger: bool,
     /// The guest is to be told that its connections are gone (5.10.6.7).
     pub(crate) event_due: bool,
     timer: Option<Instant>,
@@ -121,6 +123,7 @@ impl VsockWorker {
             streams: true,
             seqpackets: true,
             live: false,
+            stranger: false,
             event_due: false,
             timer: None,
             deaf: None,
@@ -147,6 +150,7 @@ impl VsockWorker {
             streams: _,
             seqpackets: _,
             live,
+            stranger,
             event_due,
             timer: _,
             deaf: _,
@@ -155,7 +159,7 @@ impl VsockWorker {
         stray.clear();
         *batch = Batch::default();
         ready.clear();
-        *live = false;
+        (*live, *stranger) = (false, false);
         *event_due = false;
         self.count();
     }
@@ -163,6 +167,17 @@ impl VsockWorker {
     /// 5.10.6.7: after a migration.
     pub(crate) fn announce_reset(&mut self) {
         self.event_due = true;
+    }
+
+    /// A driver that had received packets before this device began has connections of a predecessor, of a process that was
+    /// killed for one: as after a migration they are gone, and it has to hear of it.
+    fn meet(&mut self, lane: &mut Lane<'_>) {
+        if self.stranger
+            && let Some(queue) = lane.queues.get(RX)
+        {
+            self.stranger = false;
+            self.event_due |= queue.goes_on() && self.table.len() == 0;
+        }
     }
 
     /// 5.10.3.2.
@@ -226,11 +241,12 @@ impl Worker for VsockWorker {
         self.streams = session.features.contains(crate::STREAM)
             || !session.features.contains(NO_IMPLIED_STREAM)
             || !self.seqpackets;
-        self.live = true;
+        (self.live, self.stranger) = (true, true);
         Ok(())
     }
 
     fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        self.meet(lane);
         match queue {
             TX => self.serve_tx(lane),
             EVENT => self.serve_event(lane),

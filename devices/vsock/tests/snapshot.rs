@@ -60,6 +60,50 @@ fn c5_10_6_7_a_restored_device_sends_transport_reset() {
     }
 }
 
+/// A daemon that was killed, and its successor: the driver has connections that nobody knows any more.
+#[test]
+fn c5_10_6_7_a_successor_of_a_killed_daemon_sends_transport_reset() {
+    for layout in RingLayout::ALL {
+        let mut guest = Guest::new(layout);
+        let _stream = guest.connect(to_host(1, 2));
+        let buf = guest.host.ram().writable(8);
+        guest.host.ring(EVENT).add(&[buf]);
+        let Guest { host, .. } = guest;
+        let elsewhere = virtio_testkit::daemon::TempDir::new();
+        let mut host = host.take_over(Vsock::new(settings(&elsewhere), &Exchange::new()).unwrap());
+        assert_eq!(host.ring(EVENT).used().map(|used| used.len), Some(4));
+        assert_eq!(host.ram().written(&[buf])[..4], [0; 4], "TRANSPORT_RESET");
+        let another = host.ram().writable(8);
+        host.ring(EVENT).add(&[another]);
+        host.kick(EVENT);
+        host.settle();
+        assert_eq!(host.ring(EVENT).used(), None, "told once");
+    }
+}
+
+/// Nor does one whose driver has received nothing so far, or whose queues are stopped and started as for a pause.
+#[test]
+fn a_successor_of_nothing_and_a_pause_send_no_event() {
+    for layout in RingLayout::ALL {
+        let event = |host: &mut MemoryHost<Vsock>| {
+            let buf = host.ram().writable(8);
+            host.ring(EVENT).add(&[buf]);
+            host.kick(EVENT);
+            host.settle();
+            host.ring(EVENT).used()
+        };
+        let elsewhere = virtio_testkit::daemon::TempDir::new();
+        let device = Vsock::new(settings(&elsewhere), &Exchange::new()).unwrap();
+        assert_eq!(event(&mut Guest::new(layout).host.take_over(device)), None);
+        let mut guest = Guest::new(layout);
+        let _stream = guest.connect(to_host(1, 2));
+        let state = guest.host.stop_queue(RX, vm_virtio::Stop::Drain).unwrap();
+        guest.host.start_queue(RX, Some(state));
+        guest.settle();
+        assert_eq!(event(&mut guest.host), None);
+    }
+}
+
 #[test]
 fn a_device_that_is_not_restored_sends_no_event() {
     let mut guest = Guest::new(RingLayout::Split);

@@ -117,6 +117,8 @@ pub struct Queue {
     again: Option<Box<Again>>,
     /// It goes on where another process ended.
     follows: bool,
+    /// It did not begin at the beginning.
+    goes_on: bool,
     missing: Missing,
     way: Way,
     size: u16,
@@ -180,6 +182,7 @@ impl Queue {
             follows = recovered.state.is_some();
             state = recovered.state.unwrap_or(state);
         }
+        let goes_on = follows || state != QueueState::new();
         let mut ring = if packed {
             Ring::Packed(Packed::new(&config, &areas, negotiated, &state)?)
         } else {
@@ -198,6 +201,7 @@ impl Queue {
             arena: Arena::new(config.size, ram.clone()),
             again,
             follows,
+            goes_on,
             way: Way::Short,
             in_order,
             log: None,
@@ -605,6 +609,13 @@ impl Queue {
     /// interrupt may be missing.
     pub fn follows(&self) -> bool {
         self.follows
+    }
+
+    /// Whether the queue began where one before it had ended, as its state or its in-flight region told. A device that knows
+    /// nothing of its driver then has a predecessor that did. Of a state alone this is sure in one direction only: a ring
+    /// comes by its beginning again.
+    pub fn goes_on(&self) -> bool {
+        self.goes_on
     }
 
     /// Number of entries.

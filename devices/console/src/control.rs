@@ -190,6 +190,10 @@ pub struct Protocol {
     slots: Vec<Slot>,
     /// Whose turn is next, so that a port whose clients come and go all the time does not keep the others' messages back.
     turn: usize,
+    /// It was said, heard or restored what the driver knows.
+    met: bool,
+    /// What the driver knows was concluded; its own word counts more.
+    guessed: bool,
     ignored: u64,
 }
 
@@ -197,7 +201,14 @@ impl Protocol {
     /// For ports 0 to `max` - 1, of which none is there yet.
     pub fn new(max: u32) -> Protocol {
         let count = usize::try_from(max.min(MAX_PORTS)).unwrap_or(0);
-        Protocol { ready: false, slots: vec![Slot::default(); count], turn: 0, ignored: 0 }
+        Protocol {
+            ready: false,
+            slots: vec![Slot::default(); count],
+            turn: 0,
+            met: false,
+            guessed: false,
+            ignored: 0,
+        }
     }
 
     fn slot(&mut self, id: u32) -> Option<&mut Slot> {
@@ -238,6 +249,34 @@ impl Protocol {
         }
     }
 
+    /// Whether it is known what the driver knows.
+    pub fn is_met(&self) -> bool {
+        self.met
+    }
+
+    /// Goes on with a driver that had another device before this one, of a process that was killed, which nothing was saved
+    /// of: it has said DEVICE_READY, and that is never said again. If `told`, it knows the ports that are here, in use as
+    /// they were: adding them once more is forbidden (5.3.6.2.1), and taking them away would end their users. It is told of their
+    /// size, and that whoever was there is gone.
+    pub fn take_over(&mut self, told: bool) {
+        if self.met {
+            return;
+        }
+        (self.ready, self.met, self.guessed) = (true, true, true);
+        for slot in self.slots.iter_mut().filter(|_| told) {
+            let Some(port) = &slot.port else { continue };
+            slot.told = Told {
+                added: true,
+                console: port.console,
+                name: !port.name.is_empty(),
+                client: Some(u64::MAX),
+                size: Size::default(),
+                ready: true,
+                open: true,
+            };
+        }
+    }
+
     /// Whether the driver takes input for the port: it is ready for it and has opened it.
     pub fn takes_input(&self, id: u32) -> bool {
         self.ready && self.told(id).is_some_and(|told| told.ready && told.open)
@@ -275,6 +314,7 @@ impl Protocol {
 
     /// The driver sent this. What does not make sense is ignored and counted.
     pub fn hear(&mut self, bytes: &[u8]) -> Heard {
+        self.met = true;
         let heard = self.understand(bytes);
         self.ignored += u64::from(heard == Heard::Ignored);
         heard
@@ -284,6 +324,10 @@ impl Protocol {
         let Ok((header, _)) = Header::read_from_prefix(bytes) else { return Heard::Ignored };
         let (id, yes) = (header.id.get(), header.value.get() != 0);
         if header.event.get() == event::DEVICE_READY {
+            if std::mem::take(&mut self.guessed) {
+                // It was about to begin when the predecessor ended.
+                self.slots.iter_mut().for_each(|slot| slot.told = Told::default());
+            }
             self.ready = yes;
             return Heard::Device(yes);
         }
@@ -305,8 +349,8 @@ impl Protocol {
 
     /// The device was reset: the driver knows of nothing.
     pub fn reset(&mut self) {
-        let Protocol { ready, slots, turn, ignored: _ } = self;
-        (*ready, *turn) = (false, 0);
+        let Protocol { ready, slots, turn, met, guessed, ignored: _ } = self;
+        (*ready, *turn, *met, *guessed) = (false, 0, false, false);
         for slot in slots {
             slot.told = Told::default();
             slot.stale = false;
@@ -333,7 +377,7 @@ impl Protocol {
             self.slot(*id).ok_or(WrongPort(*id))?;
         }
         self.reset();
-        self.ready = saved.ready;
+        (self.ready, self.met) = (saved.ready, true);
         for (id, name, console, told) in saved.ports {
             let Some(slot) = self.slot(id) else { continue };
             let same = slot.port.as_ref().is_some_and(|port| port.name == name && port.console == console);

@@ -322,6 +322,25 @@ impl ConsoleWorker {
         self.protocol.remove(id);
     }
 
+    /// Control queues that do not begin at the beginning have a driver that a predecessor of this device was in dialogue with.
+    /// Returns whether it can be listened to: that takes both queues.
+    fn meet(&mut self, lane: &mut Lane<'_>) -> bool {
+        let mut goes_on = |queue| lane.queues.get(queue).map(|queue| queue.goes_on());
+        match (self.protocol.is_met(), goes_on(CONTROL_TRANSMIT), goes_on(CONTROL_RECEIVE)) {
+            (false, Some(true), Some(told)) => {
+                self.protocol.take_over(told);
+                for port in self.ports.iter().flatten() {
+                    port.seen.guest_open.store(self.protocol.is_open(port.id), Ordering::Relaxed);
+                }
+                // Input may wait for it.
+                (0u32..).take(self.ports.len()).for_each(|id| self.run(id, lane));
+                true
+            }
+            (false, Some(true), None) => false,
+            _ => true,
+        }
+    }
+
     /// Reads what the driver says on the control queue.
     fn hear(&mut self, lane: &mut Lane<'_>) {
         while let Some(queue) = lane.queues.get(CONTROL_TRANSMIT)
@@ -454,8 +473,8 @@ impl Worker for ConsoleWorker {
         match queue {
             // 5.3.2: there are no such queues then.
             2.. if !self.multiport => {}
-            CONTROL_RECEIVE => {}
-            CONTROL_TRANSMIT => self.hear(lane),
+            CONTROL_RECEIVE | CONTROL_TRANSMIT if self.meet(lane) => self.hear(lane),
+            CONTROL_RECEIVE | CONTROL_TRANSMIT => {}
             0 | 1 => self.run(0, lane),
             _ => self.run(u32::from(queue / 2 - 1), lane),
         }

@@ -105,6 +105,23 @@ fn c5_3_6_2_1_only_what_was_added_is_removed() {
 }
 
 #[test]
+fn a_driver_that_is_taken_over_and_then_says_that_it_is_ready_begins_anew() {
+    let mut protocol = Protocol::new(2);
+    protocol.add(0, "x", false);
+    protocol.take_over(true);
+    assert!(protocol.takes_input(0));
+    assert_eq!(told(&mut protocol), [(0, event::PORT_OPEN, 0)]);
+    // Its word was in the ring when the predecessor was killed.
+    ready(&mut protocol);
+    assert_eq!(answered(&mut protocol), [(0, event::DEVICE_ADD, 0), (0, event::PORT_NAME, 1)]);
+    // Whoever is known is not taken over.
+    protocol.take_over(true);
+    ready(&mut protocol);
+    assert_eq!(told(&mut protocol), []);
+    assert!(!protocol.takes_input(0));
+}
+
+#[test]
 fn clients_that_come_and_go_are_told_of_each_for_itself() {
     let mut protocol = Protocol::new(1);
     protocol.add(0, "x", false);

@@ -321,18 +321,23 @@ fn a_terminals_keys_size_and_own_end() {
 
 #[test]
 fn a_killed_daemons_successor_goes_on_with_the_same_driver() {
-    let directory = TempDir::new();
-    let (socket, port) = (directory.join("vhost"), directory.join("port"));
-    let spec = format!("backend=unix:{}", port.display());
-    let daemon = start(&socket, &["--port", &spec]);
-    let mut driver = attach(&socket, RingLayout::Split);
-    open(&mut driver);
-    print(&mut driver, b"first");
-    daemon.kill();
-    let _daemon = start(&socket, &["--port", &spec]);
-    driver.reconnect(&socket).unwrap();
-    let mut client = UnixStream::connect(&port).unwrap();
-    client.set_read_timeout(Some(SOON)).unwrap();
-    print(&mut driver, b"second");
-    assert_eq!(read_exactly(&mut client, 6), b"second");
+    for layout in RingLayout::ALL {
+        let directory = TempDir::new();
+        let (socket, port) = (directory.join("vhost"), directory.join("port"));
+        let spec = format!("backend=unix:{}", port.display());
+        let daemon = start(&socket, &["--port", &spec]);
+        let mut driver = attach(&socket, layout);
+        open(&mut driver);
+        print(&mut driver, b"first");
+        daemon.kill();
+        let _daemon = start(&socket, &["--port", &spec]);
+        driver.reconnect(&socket).unwrap();
+        let mut client = UnixStream::connect(&port).unwrap();
+        client.set_read_timeout(Some(SOON)).unwrap();
+        print(&mut driver, b"second");
+        assert_eq!(read_exactly(&mut client, 6), b"second");
+        // The driver said once that it is ready, and that its port is open.
+        client.write_all(b"input").unwrap();
+        assert_eq!(input(&mut driver), b"input");
+    }
 }

@@ -70,6 +70,12 @@ impl Guest {
         guest
     }
 
+    /// The same driver after its device's process was killed, with another one in its place.
+    pub(crate) fn survives(self, device: Console) -> Guest {
+        let Guest { host, controls, buffers, .. } = self;
+        Guest { host: host.take_over(device), controls, buffers, heard: Vec::new() }
+    }
+
     pub(crate) fn shake_hands(&mut self) {
         self.add_controls(32, 512);
         self.say(u32::MAX, event::DEVICE_READY, 1);

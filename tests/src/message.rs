@@ -2,11 +2,9 @@
 //!
 //! Numbers and layouts are those of QEMU's `docs/interop/vhost-user.rst`.
 
-use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{
@@ -32,6 +30,7 @@ pub(crate) const SET_VRING_ENABLE: u32 = 18;
 pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
 pub(crate) const GET_CONFIG: u32 = 24;
 pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+pub(crate) const SET_INFLIGHT_FD: u32 = 32;
 pub(crate) const RESET_DEVICE: u32 = 34;
 pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(crate) const ADD_MEM_REG: u32 = 37;
@@ -50,6 +49,7 @@ const ANSWERED: [u32; 8] = [
     GET_MAX_MEM_SLOTS,
     GET_STATUS,
 ];
+const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
 const HEADER: usize = 12;
 const MOST_DESCRIPTORS: usize = 8;
@@ -64,16 +64,17 @@ pub(crate) struct Message {
     descriptors: Vec<OwnedFd>,
 }
 
-/// A piece of guest memory that a message named.
-pub(crate) struct Region<'a> {
-    file: &'a OwnedFd,
-    /// In QEMU's address space.
-    address: u64,
-    size: u64,
-    offset: u64,
-}
-
 impl Message {
+    /// A request of this version of the protocol, without descriptors.
+    pub(crate) fn new(request: u32, body: Vec<u8>) -> Self {
+        Self { request, flags: VERSION, body, descriptors: Vec::new() }
+    }
+
+    /// An answer's contents and descriptors as another request.
+    pub(crate) fn turned_into(self, request: u32) -> Self {
+        Self { request, flags: VERSION, ..self }
+    }
+
     /// Reads the next one; nothing at the end.
     pub(crate) fn receive(from: &UnixStream) -> io::Result<Option<Self>> {
         let mut header = [0; HEADER];
@@ -138,50 +139,5 @@ impl Message {
     /// The 64 bits at an offset of the body; zero past its end.
     pub(crate) fn long(&self, at: usize) -> u64 {
         self.body.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes)
-    }
-
-    /// The same message with other 32 bits at an offset; for messages without descriptors.
-    pub(crate) fn with_word(&self, at: usize, word: u32) -> Self {
-        let mut body = self.body.clone();
-        if let Some(place) = body.get_mut(at..at + 4) {
-            place.copy_from_slice(&word.to_ne_bytes());
-        }
-        Self { request: self.request, flags: self.flags, body, descriptors: Vec::new() }
-    }
-
-    /// Counts its eventfds up by one.
-    pub(crate) fn signal(&self) {
-        for eventfd in &self.descriptors {
-            let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
-        }
-    }
-
-    /// The guest memory that this message brings.
-    pub(crate) fn regions(&self) -> Vec<Region<'_>> {
-        // Both forms have eight bytes before 32 bytes for each region: guest address, size, address, offset.
-        let count = match self.request {
-            SET_MEM_TABLE => self.word(0) as usize,
-            ADD_MEM_REG => 1,
-            _ => 0,
-        };
-        let region = |(number, file)| {
-            let at = 8 + 32 * number;
-            Region { file, size: self.long(at + 8), address: self.long(at + 16), offset: self.long(at + 24) }
-        };
-        self.descriptors.iter().take(count).enumerate().map(region).collect()
-    }
-}
-
-impl Region<'_> {
-    /// Reads from it, if it holds all of that.
-    pub(crate) fn read(&self, address: u64, length: usize) -> Option<Vec<u8>> {
-        let from = address.checked_sub(self.address)?;
-        if from.checked_add(length as u64)? > self.size {
-            return None;
-        }
-        let mut bytes = vec![0; length];
-        let file = File::from(self.file.try_clone().ok()?);
-        file.read_exact_at(&mut bytes, self.offset + from).ok()?;
-        Some(bytes)
     }
 }

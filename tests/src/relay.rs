@@ -7,8 +7,8 @@
 //! the front-end's memory in QEMU's place: it passes every message on, remembers those that set something, and
 //! repeats them to a daemon that it reaches again. Neither QEMU nor the guest notices more than a pause.
 //!
-//! Where a ring goes on is read from the ring itself. That is exact as long as the driver has at most one request
-//! of one descriptor outstanding, which is what Linux's entropy driver does.
+//! Where a ring goes on, and what was in flight, is in the buffer that the first daemon made (GET_INFLIGHT_FD). QEMU does
+//! not ask for one with these devices: the relay does, and hands it to each daemon after that.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +23,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::failure::Failure;
 use crate::message::{self, Message};
-use crate::virtio;
 
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -116,6 +115,15 @@ impl Session {
                 continue;
             }
             let Some(message) = Message::receive(front)? else { return Ok(()) };
+            if message.request == message::SET_VRING_NUM && memory.wants_inflight() {
+                let size = message.word(4);
+                while memory.wants_inflight() {
+                    // No ring runs yet.
+                    if memory.ask_for_inflight(&back, size).is_err() {
+                        back = self.reconnect(&memory)?;
+                    }
+                }
+            }
             let reply = loop {
                 match message.exchange(&back) {
                     Ok(reply) => break reply,
@@ -124,6 +132,7 @@ impl Session {
             };
             if let Some(reply) = reply {
                 reply.send(front)?;
+                memory.note_reply(&reply);
             }
             memory.note(message);
         }
@@ -151,9 +160,16 @@ impl Session {
     }
 }
 
+/// Of the protocol's features: the back-end has a buffer for what is in flight.
+const INFLIGHT_SHMFD: u64 = 1 << 12;
+
 /// What the front-end has set: the last message of each kind, and of each kind and ring or memory region.
 #[derive(Default)]
-struct Memory(BTreeMap<(Rank, u64), Message>);
+struct Memory {
+    messages: BTreeMap<(Rank, u64), Message>,
+    /// How many rings the back-end has.
+    rings: u64,
+}
 
 /// The order in which a new back-end is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -164,6 +180,7 @@ enum Rank {
     Features,
     Region,
     Table,
+    Inflight,
     Size,
     Base,
     Addresses,
@@ -184,6 +201,7 @@ impl Memory {
             message::SET_FEATURES => (Rank::Features, 0),
             message::SET_MEM_TABLE => (Rank::Table, 0),
             message::ADD_MEM_REG => (Rank::Region, message.long(8)),
+            message::SET_INFLIGHT_FD => (Rank::Inflight, 0),
             message::SET_VRING_NUM => (Rank::Size, ring),
             message::SET_VRING_BASE => (Rank::Base, ring),
             message::SET_VRING_ADDR => (Rank::Addresses, ring),
@@ -193,103 +211,52 @@ impl Memory {
             message::SET_VRING_ENABLE => (Rank::Enable, ring),
             message::SET_STATUS => (Rank::Status, 0),
             message::REM_MEM_REG => {
-                self.0.remove(&(Rank::Region, message.long(8)));
+                self.messages.remove(&(Rank::Region, message.long(8)));
                 return;
             }
             // The ring is stopped: a new back-end is not to start it.
             message::GET_VRING_BASE => {
-                self.0.remove(&(Rank::Kick, ring));
+                self.messages.remove(&(Rank::Kick, ring));
                 return;
             }
             message::RESET_DEVICE => {
-                self.0.retain(|(rank, _), _| *rank < Rank::Size);
+                self.messages.retain(|(rank, _), _| *rank < Rank::Size);
                 return;
             }
             _ => return,
         };
-        self.0.insert((rank, which), message);
+        self.messages.insert((rank, which), message);
     }
 
-    fn tell(&self, back: &UnixStream) -> io::Result<()> {
-        for ((rank, ring), message) in &self.0 {
-            let moved = if *rank == Rank::Base { self.position(*ring) } else { None };
-            let reply = match moved {
-                Some(position) => message.with_word(4, position).exchange(back)?,
-                None => message.exchange(back)?,
-            };
-            if reply.is_some_and(|reply| reply.long(0) != 0) {
-                return Err(io::Error::other(format!("the daemon refused a repeated {rank:?}")));
-            }
+    fn note_reply(&mut self, reply: &Message) {
+        if reply.request == message::GET_QUEUE_NUM {
+            self.rings = reply.long(0);
         }
-        if !self.0.is_empty() {
-            self.stir();
-        }
+    }
+
+    fn wants_inflight(&self) -> bool {
+        let features = self.messages.get(&(Rank::ProtocolFeatures, 0)).map_or(0, |message| message.long(0));
+        features & INFLIGHT_SHMFD != 0 && !self.messages.contains_key(&(Rank::Inflight, 0))
+    }
+
+    /// Has the back-end make its buffer, for rings of this size, and hands it over as QEMU does with a disk.
+    fn ask_for_inflight(&mut self, back: &UnixStream, size: u32) -> io::Result<()> {
+        // Size and offset in the file, which the answer has; 16 bits each for the number of rings and their size.
+        let shape = (size << 16 | (self.rings & 0xffff) as u32).to_ne_bytes();
+        let ask = Message::new(message::GET_INFLIGHT_FD, [[0; 16].as_slice(), &shape].concat());
+        let reply = ask.exchange(back)?.ok_or_else(|| io::Error::other("no in-flight buffer"))?;
+        let set = reply.turned_into(message::SET_INFLIGHT_FD);
+        set.exchange(back)?;
+        self.note(set);
         Ok(())
     }
 
-    /// The old daemon may have taken a kick without serving it, and served a request without an interrupt: both
-    /// sides look once more. A kick or an interrupt too many does no harm.
-    fn stir(&self) {
-        for ((rank, _), message) in &self.0 {
-            if matches!(rank, Rank::Kick | Rank::Call) {
-                message.signal();
+    fn tell(&self, back: &UnixStream) -> io::Result<()> {
+        for ((rank, _), message) in &self.messages {
+            if message.exchange(back)?.is_some_and(|reply| reply.long(0) != 0) {
+                return Err(io::Error::other(format!("the daemon refused a repeated {rank:?}")));
             }
         }
-    }
-
-    /// Where a ring that has run goes on, as its `SET_VRING_BASE` value.
-    fn position(&self, ring: u64) -> Option<u32> {
-        self.0.get(&(Rank::Kick, ring))?;
-        let addresses = self.0.get(&(Rank::Addresses, ring))?;
-        let size = self.0.get(&(Rank::Size, ring))?.word(4);
-        let features = self.0.get(&(Rank::Features, 0))?.long(0);
-        if features >> virtio::RING_PACKED & 1 == 0 {
-            // Whatever has no used entry yet was not answered: the used index is where to go on.
-            let used = self.guest(addresses.long(16) + 2, 2)?;
-            return Some(u32::from(u16::from_le_bytes([used[0], used[1]])));
-        }
-        let descriptors = self.guest(addresses.long(8), 16 * size as usize)?;
-        let flags = descriptors.chunks_exact(16).map(|d| u16::from_le_bytes([d[14], d[15]]));
-        let marks: Vec<(bool, bool)> = flags.map(|f| (f & 0x80 != 0, f & 0x8000 != 0)).collect();
-        let (at, wrap) = packed_position(&marks);
-        let half = u32::from(at) | u32::from(wrap) << 15;
-        Some(half << 16 | half)
-    }
-
-    /// Reads guest memory at an address of QEMU's.
-    fn guest(&self, address: u64, length: usize) -> Option<Vec<u8>> {
-        self.0.values().flat_map(Message::regions).find_map(|region| region.read(address, length))
-    }
-}
-
-/// The next descriptor of a packed ring that the device has to look at, with its wrap counter; from each
-/// descriptor's (available, used) marks, with at most one descriptor outstanding.
-fn packed_position(marks: &[(bool, bool)]) -> (u16, bool) {
-    let at = |found: usize| u16::try_from(found).unwrap_or(0);
-    if let Some(found) = marks.iter().position(|(available, used)| available != used) {
-        return (at(found), marks[found].0);
-    }
-    // Nothing is outstanding: the place is where the marks of this lap end and those of the last begin.
-    let lap = marks.first().is_some_and(|(_, used)| *used);
-    match marks.iter().position(|(_, used)| *used != lap) {
-        Some(found) => (at(found), lap),
-        None => (0, !lap),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_a_packed_ring_goes_on() {
-        let (new, old, fresh) = ((true, true), (false, false), (true, false));
-        assert_eq!(packed_position(&[old, old, old]), (0, true), "never used");
-        assert_eq!(packed_position(&[fresh, old, old]), (0, true), "first request");
-        assert_eq!(packed_position(&[new, fresh, old]), (1, true), "second request");
-        assert_eq!(packed_position(&[new, new, old]), (2, true), "two done");
-        assert_eq!(packed_position(&[new, new, new]), (0, false), "a lap done");
-        assert_eq!(packed_position(&[(false, true), new, new]), (0, false), "second lap's first request");
-        assert_eq!(packed_position(&[old, new, new]), (1, false), "second lap, one done");
+        Ok(())
     }
 }

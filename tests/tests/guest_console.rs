@@ -1,5 +1,6 @@
-//! Linux's `virtio_console` and its users behind `vhost-device-console`: a login, named ports, sizes, bulk, drivers that go and
-//! come back, reboots, ports that are plugged in. QEMU has no vhost-user console by that name; its generic device does.
+//! Linux's `virtio_console` and its users behind `vhost-device-console`: a login, named ports, sizes, daemons that are killed
+//! under load, bulk, drivers that go and come back, reboots, ports that are plugged in. QEMU has no vhost-user console by that
+//! name; its generic device does. What that cannot do is to come back to a daemon that was killed: the relay does.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -13,6 +14,7 @@ use backplane_tests::daemon::{Daemon, find};
 use backplane_tests::failure::Failure;
 use backplane_tests::guest::{Guest, Outcome};
 use backplane_tests::lab;
+use backplane_tests::relay::Relay;
 use backplane_tests::running::Running;
 use backplane_tests::scratch::Scratch;
 use backplane_tests::virtio;
@@ -23,7 +25,7 @@ const CONSOLE: u32 = 3;
 /// Named ports, beside port 0.
 const NAMED: usize = 8;
 /// A guest's boot included, on a busy machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(120);
 
 /// What a script begins with: udev's links, and a console that one can log in to.
 const SETUP: &str = "
@@ -72,6 +74,29 @@ impl<S: Read + Write> Client<S> {
         }
     }
 
+    /// Everything up to the end of the connection.
+    fn rest(&mut self) -> Result<Vec<u8>, Failure> {
+        let deadline = Instant::now() + SOON;
+        let mut bytes = [0; 4096];
+        loop {
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Ok(std::mem::take(&mut self.seen)),
+                Ok(count) => self.seen.extend(bytes.iter().take(count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(2))
+                }
+                // Something was on its way to a daemon that is dead.
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                    return Ok(std::mem::take(&mut self.seen));
+                }
+                Err(error) => return Err(Failure::io("read to the end")(error)),
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::new("a client of a daemon that is dead waits for ever"));
+            }
+        }
+    }
+
     fn failure(&self, text: &str, what: &str) -> Failure {
         Failure::new(format!("{what} instead of {text:?}; so far: {:?}", String::from_utf8_lossy(&self.seen)))
     }
@@ -107,6 +132,8 @@ fn connect(path: &Path) -> Result<Client<UnixStream>, Failure> {
 
 struct Bench {
     daemon: Daemon,
+    /// Between QEMU and the daemon.
+    relay: Relay,
     scratch: Scratch,
 }
 
@@ -119,7 +146,8 @@ impl Bench {
         for number in 1..=NAMED {
             all.extend([
                 "--port".to_owned(),
-                format!("name=org.example.{number},backend=unix:{folder}port{number}"),
+                // Nobody is there while a daemon is started again.
+                format!("name=org.example.{number},backend=unix:{folder}port{number},buffer=1048576"),
             ]);
         }
         all.extend([
@@ -131,7 +159,8 @@ impl Bench {
         all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
         let mut daemon = Daemon::new(DAEMON)?.args(all);
         daemon.start()?;
-        Ok(Bench { daemon, scratch })
+        let relay = Relay::start(&scratch.join("relay"), &daemon.socket())?;
+        Ok(Bench { daemon, relay, scratch })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -143,9 +172,14 @@ impl Bench {
         let device =
             format!("vhost-user-test-device-pci,virtio-id=3,num_vqs={queues},vq_size=128,config_size=12");
         Guest::new(lab)
-            .vhost_user(&device, &self.daemon.socket())
+            .vhost_user(&device, self.relay.socket())
             .script(&format!("{SETUP}{script}"))
             .limit(Duration::from_secs(240))
+    }
+
+    /// A client for each of the named ports.
+    fn clients(&self) -> Result<Vec<Client<UnixStream>>, Failure> {
+        (1..=NAMED).map(|number| connect(&self.path(&format!("port{number}")))).collect()
     }
 
     fn ctl(&self, arguments: &[&str]) -> Result<String, Failure> {
@@ -200,15 +234,96 @@ fn greet(clients: &mut [Client<UnixStream>], round: usize) -> Result<(), Failure
     Ok(())
 }
 
-/// `bulk` bytes go to the guest and come back.
+/// Numbered lines of the guest, each written for itself, over two daemons that are killed meanwhile; and a login at which
+/// another command prints all the time.
+const COUNT: &str = "
+count() {
+	( n=0; while [ ! -e /tmp/stop ]; do n=$((n + 1)); echo \"line $n\"; done; echo end ) >/dev/virtio-ports/org.example.2 &
+	counter=$!
+	ask counting
+	touch /tmp/stop
+	wait $counter
+	ask counted
+}
+";
+
+/// The numbers of whole lines.
+fn numbers(text: &[u8]) -> Vec<u64> {
+    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    let text = String::from_utf8_lossy(&text[..whole]).into_owned();
+    text.lines().map(|line| line.strip_prefix("line ").and_then(|n| n.parse().ok()).unwrap_or(0)).collect()
+}
+
+/// Chains that a daemon may have written and not given back when it is killed: those of one system call.
+const BATCH: u64 = 64;
+
+/// The daemon is killed twice while lines come out of a port and out of the console, and started again.
+fn killed(
+    bench: &mut Bench,
+    guest: &mut Running,
+    console: &mut Client<UnixStream>,
+    clients: &mut Vec<Client<UnixStream>>,
+) -> Result<(), Failure> {
+    guest.wait_told("counting", 1)?;
+    console.say("here=still; while :; do echo noise; done\r")?;
+    let (mut last, mut again) = (0, 0);
+    for _ in 0..2 {
+        console.expect("noise\r\nnoise\r\n")?;
+        let mut seen = clients[1].expect("0\n")?.into_bytes();
+        // More lines than a ring has entries.
+        for _ in 0..30 {
+            seen.extend(clients[1].expect("0\n")?.into_bytes());
+        }
+        bench.daemon.kill()?;
+        seen.extend(clients[1].rest()?);
+        last = compare(&numbers(&seen), last, &mut again)?;
+        console.rest()?;
+        bench.daemon.start()?;
+        *console = connect(&bench.path("console"))?;
+        *clients = bench.clients()?;
+    }
+    let mut seen = clients[1].expect("0\n")?;
+    guest.answer("stop")?;
+    seen += &clients[1].expect("end\n")?;
+    last = compare(&numbers(seen.trim_end_matches("end\n").as_bytes()), last, &mut again)?;
+    guest.wait_told("counted", 1)?;
+    // The session is the one of before.
+    console.expect("noise\r\n")?;
+    console.say("\x03")?;
+    console.expect("# ")?;
+    assert_eq!(console.run("echo $here; tty")?, "still\r\n/dev/hvc0");
+    assert_eq!(bench.relay.reconnects(), 2);
+    println!(
+        "killed twice with {last} lines on their way: none is lost, {again} came twice; the login goes on, under output of its own"
+    );
+    guest.answer("go")
+}
+
+/// Lines of one client, after those up to `last`: none is missing, and no more come again than were in one system call.
+fn compare(numbers: &[u64], last: u64, again: &mut u64) -> Result<u64, Failure> {
+    let (Some(first), Some(end)) = (numbers.first(), numbers.last()) else {
+        return Err(Failure::new("no line at all"));
+    };
+    if let Some(pair) = numbers.windows(2).find(|pair| pair[1] != pair[0] + 1) {
+        return Err(Failure::new(format!("line {} after line {}", pair[1], pair[0])));
+    }
+    let twice = (last + 1).checked_sub(*first).filter(|twice| *twice <= BATCH);
+    *again += twice.ok_or_else(|| {
+        Failure::new(format!("a client whose predecessor had line {last} begins with {first}"))
+    })?;
+    Ok(*end)
+}
+
+/// Everything in one guest with two boots; `bulk` bytes go to the guest and come back.
 fn everything(test: &str, without: &[&str], packed: bool, bulk: usize) -> Result<(), Failure> {
     let Some(lab) = lab::require(test) else { return Ok(()) };
-    let bench = Bench::new("unix:{}console", without)?;
+    let mut bench = Bench::new("unix:{}console", without)?;
     let script = format!(
-        "{GREET}
+        "{GREET}{COUNT}
         login
         greet
         ask greeted
+        count
         (cat <&5 >&5) 5<>/dev/virtio-ports/org.example.1
         ask bulk
         virtio=$(basename $(readlink -f /sys/class/virtio-ports/vport*p1/device))
@@ -232,30 +347,42 @@ fn everything(test: &str, without: &[&str], packed: bool, bulk: usize) -> Result
         "
     );
     let mut guest = bench.guest(&lab, &script).start()?;
-    let log = |error: Failure, bench: &Bench| error.with_log(DAEMON, &bench.daemon.stderr());
     let mut console = connect(&bench.path("console"))?;
-    let mut clients = (1..=NAMED)
-        .map(|number| connect(&bench.path(&format!("port{number}"))))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut clients = bench.clients()?;
     bench.ctl(&["set", "port.0.size", "100x30"])?;
-    greet(&mut clients, 1).map_err(|error| log(error, &bench))?;
+    let outcome = all_of_it(&mut bench, &mut guest, &mut console, &mut clients, bulk);
+    outcome.map_err(|error| {
+        error.with_log(DAEMON, &bench.daemon.stderr()).with_log("the guest's console", &guest.console())
+    })?;
+    let device = bench.end(guest)?;
+    assert_eq!(device.has(virtio::RING_PACKED), packed, "{:?}", device.feature_names());
+    Ok(())
+}
+
+fn all_of_it(
+    bench: &mut Bench,
+    guest: &mut Running,
+    console: &mut Client<UnixStream>,
+    clients: &mut Vec<Client<UnixStream>>,
+    bulk: usize,
+) -> Result<(), Failure> {
+    greet(clients, 1)?;
     guest.wait_told("greeted", 1)?;
     println!("{NAMED} named ports: each line that was sent came back by its own port");
 
     // A login, and the size: the one from before the boot, and a new one.
-    console.login().map_err(|error| log(error, &bench))?;
+    console.login()?;
     assert_eq!(console.run("tty")?, "/dev/hvc0");
     assert_eq!(console.run("stty size")?, "30 100");
-    bench.ctl(&["set", "port.0.size", "132x43"])?;
-    let deadline = Instant::now() + SOON;
-    while console.run("stty size")? != "43 132" {
-        assert!(Instant::now() < deadline, "the size does not change");
-    }
+    resize(bench, console, 132, 43)?;
     assert_eq!(console.run("echo $((6 * 7)) $(uname -s)")?, "42 Linux");
     println!("login on hvc0 over a Unix socket: tty, stty size 30 100, after a resize 43 132");
 
-    // There and back, byte by byte.
     guest.answer("go")?;
+    killed(bench, guest, console, clients)?;
+    resize(bench, console, 90, 25)?;
+
+    // There and back, byte by byte.
     let begun = Instant::now();
     let client = clients.remove(0);
     let same = there_and_back(client.stream, bulk)?;
@@ -275,25 +402,18 @@ fn everything(test: &str, without: &[&str], packed: bool, bulk: usize) -> Result
     guest.answer("go")?;
     guest.wait_told("unbound", 1)?;
     guest.answer("go")?;
-    drop(clients);
-    let mut clients = (1..=NAMED)
-        .map(|number| connect(&bench.path(&format!("port{number}"))))
-        .collect::<Result<Vec<_>, _>>()?;
-    // What the second one's predecessor left is replayed: lines of traffic.
-    let (second, others) = (clients.remove(1), clients);
-    let mut clients = others;
-    clients.insert(1, second);
+    clients.clear();
+    *clients = bench.clients()?;
     for (number, client) in (1..).zip(clients.iter_mut()) {
         client.say(&format!("hello {number} in round 2\n"))?;
     }
     for (number, client) in (1..).zip(clients.iter_mut()) {
-        client
-            .expect(&format!("port {number}: hello {number} in round 2\n"))
-            .map_err(|error| log(error, &bench))?;
+        // What the second one's predecessor left is replayed: lines of traffic.
+        client.expect(&format!("port {number}: hello {number} in round 2\n"))?;
     }
     console.say("\r")?;
-    console.login().map_err(|error| log(error, &bench))?;
-    assert_eq!(console.run("stty size")?, "43 132");
+    console.login()?;
+    assert_eq!(console.run("stty size")?, "25 90");
     println!("unbound with traffic and bound again: login and {NAMED} ports work");
 
     // A port more, and one less.
@@ -303,13 +423,21 @@ fn everything(test: &str, without: &[&str], packed: bool, bulk: usize) -> Result
     guest.answer("go")?;
     let mut late = connect(&bench.path("late"))?;
     late.say("better late than never\n")?;
-    guest.wait_told("unplug", 1).map_err(|error| log(error, &bench))?;
+    guest.wait_told("unplug", 1)?;
     bench.ctl(&["call", "remove-port", &format!("port={}", NAMED + 1)])?;
     guest.answer("go")?;
     assert_eq!(guest.wait_told("late", 1)?, "better late than never");
     println!("a port added and removed while the guest runs");
-    let device = bench.end(guest)?;
-    assert_eq!(device.has(virtio::RING_PACKED), packed, "{:?}", device.feature_names());
+    Ok(())
+}
+
+/// An operator says how large the console is, and `stty` says so, too.
+fn resize(bench: &Bench, console: &mut Client<UnixStream>, cols: u16, rows: u16) -> Result<(), Failure> {
+    bench.ctl(&["set", "port.0.size", &format!("{cols}x{rows}")])?;
+    let deadline = Instant::now() + SOON;
+    while console.run("stty size")? != format!("{rows} {cols}") {
+        assert!(Instant::now() < deadline, "the size does not change");
+    }
     Ok(())
 }
 
@@ -339,25 +467,35 @@ fn there_and_back(stream: UnixStream, bulk: usize) -> Result<usize, Failure> {
 }
 
 #[test]
-fn console_login_ports_sizes_bulk_unbind_plug_packed() -> Result<(), Failure> {
-    everything("console_login_ports_sizes_bulk_unbind_plug_packed", &[], true, 50 << 20)
+fn console_login_ports_sizes_kill_bulk_unbind_plug_packed() -> Result<(), Failure> {
+    everything("console_login_ports_sizes_kill_bulk_unbind_plug_packed", &[], true, 100 << 20)
 }
 
 #[test]
-fn console_login_ports_sizes_bulk_unbind_plug_split() -> Result<(), Failure> {
+fn console_login_ports_sizes_kill_bulk_unbind_plug_split() -> Result<(), Failure> {
     everything(
-        "console_login_ports_sizes_bulk_unbind_plug_split",
+        "console_login_ports_sizes_kill_bulk_unbind_plug_split",
         &["--without", "ring_packed"],
         false,
-        8 << 20,
+        100 << 20,
     )
 }
 
 /// On a pseudo-terminal, over reboots: the daemon and who sits at the terminal stay.
 #[test]
-fn console_on_a_terminal_over_reboots() -> Result<(), Failure> {
-    let Some(lab) = lab::require("console_on_a_terminal_over_reboots") else { return Ok(()) };
-    let bench = Bench::new("pty:{}console", &[])?;
+fn console_on_a_terminal_over_reboots_packed() -> Result<(), Failure> {
+    on_a_terminal_over_reboots("console_on_a_terminal_over_reboots_packed", &[], true)
+}
+
+#[test]
+fn console_on_a_terminal_over_reboots_split() -> Result<(), Failure> {
+    let split = ["--without", "ring_packed"];
+    on_a_terminal_over_reboots("console_on_a_terminal_over_reboots_split", &split, false)
+}
+
+fn on_a_terminal_over_reboots(test: &str, without: &[&str], packed: bool) -> Result<(), Failure> {
+    let Some(lab) = lab::require(test) else { return Ok(()) };
+    let bench = Bench::new("pty:{}console", without)?;
     let script = format!(
         "{GREET}
         login
@@ -376,9 +514,7 @@ fn console_on_a_terminal_over_reboots() -> Result<(), Failure> {
     let terminal = terminal.map_err(|error| Failure::new(format!("cannot open the terminal: {error}")))?;
     let resizable = terminal.try_clone().map_err(Failure::io("copy a descriptor"))?;
     let mut console = Client { stream: File::from(terminal), seen: Vec::new() };
-    let mut clients = (1..=NAMED)
-        .map(|number| connect(&bench.path(&format!("port{number}"))))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut clients = bench.clients()?;
     for (boot, order) in [(1, "again"), (2, "enough")] {
         greet(&mut clients, boot).map_err(|error| error.with_log("the guest's console", &guest.console()))?;
         guest.wait_told("up", boot)?;
@@ -395,6 +531,7 @@ fn console_on_a_terminal_over_reboots() -> Result<(), Failure> {
         println!("boot {boot}: login on hvc0 through a pty, {NAMED} ports, stty size {} 90", 20 + boot);
         guest.answer(order)?;
     }
-    bench.end(guest)?;
+    let device = bench.end(guest)?;
+    assert_eq!(device.has(virtio::RING_PACKED), packed, "{:?}", device.feature_names());
     Ok(())
 }

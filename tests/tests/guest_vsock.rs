@@ -1,4 +1,5 @@
-//! Linux's AF_VSOCK through `vhost-device-vsock`: to the host and back, between guests, over reboots, in both layouts.
+//! Linux's AF_VSOCK through `vhost-device-vsock`: to the host and back, between guests, over reboots and daemons that are
+//! killed, in both layouts. QEMU does not come back to a daemon with these devices; the relay does.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -12,6 +13,8 @@ use backplane_tests::daemon::{self, Daemon};
 use backplane_tests::failure::Failure;
 use backplane_tests::guest::{Guest, Outcome};
 use backplane_tests::lab::{self, Lab};
+use backplane_tests::relay::Relay;
+use backplane_tests::running::Running;
 use backplane_tests::scratch::Scratch;
 use backplane_tests::virtio;
 use backplane_tests::vsock::{Sum, bytes, sink};
@@ -34,7 +37,8 @@ fn io(what: &str) -> impl FnOnce(std::io::Error) -> Failure {
     move |error| Failure::new(format!("{what}: {error}"))
 }
 
-/// Sockets of the host that a guest connects to: a sink on 1000, a shouter on 1001, an echo of messages on 1003.
+/// Sockets of the host that a guest connects to: a sink on 1000, a shouter on 1001, an echo of messages on 1003; on 1005 who
+/// says nothing.
 struct HostSide {
     path: PathBuf,
     /// A connection to port 1004, held open.
@@ -52,6 +56,11 @@ impl HostSide {
             let mut all = Vec::new();
             stream.read_to_end(&mut all)?;
             stream.write_all(&all.to_ascii_uppercase())
+        })?;
+        serve(&at(1005), |stream| {
+            let mut part = [0; 4096];
+            while stream.read(&mut part)? > 0 {}
+            Ok(())
         })?;
         let echo = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None)
             .and_then(|socket| {
@@ -73,6 +82,11 @@ impl HostSide {
         });
         let held = UnixListener::bind(at(1004)).map_err(io("listen"))?;
         Ok(HostSide { path, held, _scratch: scratch })
+    }
+
+    /// Where the relay listens.
+    fn relay(&self) -> PathBuf {
+        self.path.with_extension("relay")
     }
 
     /// A client that has the guest's port, and its consent.
@@ -175,17 +189,42 @@ fn messages(host: &HostSide) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Everything, in one guest that reboots once with connections open.
+/// A guest whose agent has connections while its daemon is killed.
+fn broken(senders: usize, readers: usize) -> String {
+    format!(
+        "
+{} broken 2 1005 {senders} {readers} >/tmp/broken 2>&1 & broken=$!
+n=0; until grep -q open /tmp/broken; do n=$((n + 1)); [ $n -lt 200 ] || fail \"not open: $(cat /tmp/broken)\"; sleep 0.1; done
+ask kill
+wait $broken || fail \"$(cat /tmp/broken)\"
+tell did \"$(uptime_s) s: $(tail -n 1 /tmp/broken)\"
+",
+        agent()
+    )
+}
+
+/// Kills the daemon when the guest wants it, and starts it again.
+fn kill(guest: &mut Running, daemon: &mut Daemon) -> Result<(), Failure> {
+    guest.wait_told("kill", 1).map_err(|error| error.with_log(DAEMON, &daemon.stderr()))?;
+    daemon.kill()?;
+    daemon.start()?;
+    guest.answer("again")
+}
+
+/// Everything, in one guest that reboots once with connections open, and whose daemon is killed once. QEMU keeps the event
+/// queue of this device to itself: only who sends hears that a connection is gone, by an RST.
 fn everything(lab: &Lab, test: &str, device: &str, arguments: &[&str]) -> Result<Outcome, Failure> {
     let host = HostSide::start()?;
     let bundle = Bundle::new(&[Path::new(AGENT)])?;
     let mut daemon =
         Daemon::new(DAEMON)?.args(arguments).args(["--guest-cid", "7", "--uds-path"]).args([&host.path]);
     daemon.start()?;
+    let relay = Relay::start(&host.relay(), &daemon.socket())?;
     let agent = agent();
+    let broken = broken(8, 0);
     let text = format!(
         "
-run() {{ timeout 60 $* >/tmp/said 2>&1 || fail \"$*: $(tail -n 3 /tmp/said)\"; tell did $(tail -n 1 /tmp/said); }}
+run() {{ timeout 60 $* >/tmp/said 2>&1 || fail \"$*: $(tail -n 3 /tmp/said)\"; tell did \"$(uptime_s) s: $(tail -n 1 /tmp/said)\"; }}
 [ $(vsock cid) = 7 ] || fail \"context id $(vsock cid)\"
 ask up
 if [ \"$answer\" = again ]; then
@@ -195,6 +234,7 @@ if [ \"$answer\" = again ]; then
 	reboot -f
 	sleep 100
 fi
+{broken}
 run {agent} flood 2 1000 500
 run {agent} sizes 2 1000
 run {agent} messages 2 1003
@@ -215,7 +255,7 @@ ask serves
     );
     let mut guest = Guest::new(lab)
         .reboots()
-        .vhost_user(device, &daemon.socket())
+        .vhost_user(device, relay.socket())
         .archive(&bundle.path())
         .script(&text)
         .limit(Duration::from_secs(300))
@@ -235,15 +275,15 @@ ask serves
     }
     guest.wait_told("up", 2).map_err(|error| log(error, &daemon))?;
     guest.answer("on")?;
+    kill(&mut guest, &mut daemon)?;
     guest.wait_told("serves", 1).map_err(|error| log(error, &daemon))?;
     let done =
         host_calls(&host).map_err(|error| log(error, &daemon).with_log("the guest", &guest.console()))?;
     guest.answer("on")?;
     let outcome = guest.wait().and_then(Outcome::success).map_err(|error| log(error, &daemon))?;
     daemon.check()?;
-    for line in outcome.console.lines().filter_map(|line| line.split_once("LAB-TELL did ")) {
-        println!("{test}: {}", line.1.trim_end());
-    }
+    did(test, &outcome);
+    assert_eq!(relay.reconnects(), 1);
     println!(
         "{test}: {done}; a reboot closed the connection that was open; {:.1} s",
         outcome.time.as_secs_f64()
@@ -274,6 +314,58 @@ fn vsock_split() -> Result<(), Failure> {
     Ok(())
 }
 
+/// A front-end that leaves the event queue to the daemon, as QEMU's generic device does: its successor has the guest reset all
+/// connections, also those that only wait.
+fn killed(test: &str, arguments: &[&str], packed: bool) -> Result<(), Failure> {
+    let Some(lab) = lab::require(test) else { return Ok(()) };
+    let host = HostSide::start()?;
+    let bundle = Bundle::new(&[Path::new(AGENT)])?;
+    let mut daemon =
+        Daemon::new(DAEMON)?.args(arguments).args(["--guest-cid", "7", "--uds-path"]).args([&host.path]);
+    daemon.start()?;
+    let relay = Relay::start(&host.relay(), &daemon.socket())?;
+    let device = "vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8";
+    let text = format!(
+        "
+run() {{ timeout 60 $* >/tmp/said 2>&1 || fail \"$*: $(tail -n 3 /tmp/said)\"; tell did \"$(uptime_s) s: $(tail -n 1 /tmp/said)\"; }}
+[ $(vsock cid) = 7 ] || fail \"context id $(vsock cid)\"
+{}
+run {} flood 2 1000 50
+",
+        broken(4, 4),
+        agent()
+    );
+    let mut guest =
+        Guest::new(&lab).vhost_user(device, relay.socket()).archive(&bundle.path()).script(&text).start()?;
+    kill(&mut guest, &mut daemon)?;
+    let outcome = guest.wait().and_then(Outcome::success);
+    let outcome = outcome.map_err(|error| error.with_log(DAEMON, &daemon.stderr()))?;
+    daemon.check()?;
+    assert_eq!(relay.reconnects(), 1);
+    did(test, &outcome);
+    daemon.stop()?;
+    layout(&outcome, packed);
+    Ok(())
+}
+
+#[test]
+fn vsock_killed_daemons_successor_resets_all_connections_packed() -> Result<(), Failure> {
+    killed("vsock_killed_daemons_successor_resets_all_connections_packed", &[], true)
+}
+
+#[test]
+fn vsock_killed_daemons_successor_resets_all_connections_split() -> Result<(), Failure> {
+    let split = ["--without", "ring_packed"];
+    killed("vsock_killed_daemons_successor_resets_all_connections_split", &split, false)
+}
+
+/// Prints what the guest has done, and when.
+fn did(test: &str, outcome: &Outcome) {
+    for line in outcome.console.lines().filter_map(|line| line.split_once("LAB-TELL did ")) {
+        println!("{test}: {}", line.1.trim_end());
+    }
+}
+
 /// Two guests of one daemon; the second is not there at first.
 #[test]
 fn vsock_siblings() -> Result<(), Failure> {
@@ -294,7 +386,7 @@ fn vsock_siblings() -> Result<(), Failure> {
         0,
         &format!(
             "
-run() {{ timeout 60 $* >/tmp/said 2>&1 || fail \"$*: $(tail -n 3 /tmp/said)\"; tell did $(tail -n 1 /tmp/said); }}
+run() {{ timeout 60 $* >/tmp/said 2>&1 || fail \"$*: $(tail -n 3 /tmp/said)\"; tell did \"$(uptime_s) s: $(tail -n 1 /tmp/said)\"; }}
 timeout 10 vsock connect 4 2000 </dev/null 2>/tmp/refused && fail 'the other has not booted'
 grep -qi reset /tmp/refused || fail \"refused with $(cat /tmp/refused)\"
 ask alone
@@ -315,9 +407,7 @@ ask done
     other.answer("end")?;
     let outcome = one.wait().and_then(Outcome::success)?;
     other.wait().and_then(Outcome::success)?;
-    for line in outcome.console.lines().filter_map(|line| line.split_once("LAB-TELL did ")) {
-        println!("vsock_siblings: {}", line.1.trim_end());
-    }
+    did("vsock_siblings", &outcome);
     daemon.check()?;
     daemon.stop()?;
     Ok(())

@@ -6,11 +6,12 @@
 //! | `sizes CID PORT` | a connection to a sink for each size from 1 byte to 1 MiB, sent in one write |
 //! | `messages CID PORT` | SEQPACKET: messages of many sizes, each comes back as it was |
 //! | `hold CID PORT` | a connection that is there until the guest is not |
+//! | `broken CID PORT N M` | N connections that send all the time and M that wait, until each of them has ended |
 //! | `sink PORT` | is a sink |
 //! | `echo PORT` | SEQPACKET: sends each message back |
 //! | `forward DAEMON` | runs DAEMON with `--forward-cid 1` against a driver of its own, and the kernel's AF_VSOCK |
 use std::error::Error;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -107,6 +108,39 @@ fn messages(cid: u32, port: u32) -> Outcome {
         }
     }
     println!("{} messages from 1 to 100000 bytes, each as it was", sizes.len());
+    Ok(())
+}
+
+/// Connections that somebody else ends. None may hang.
+fn broken(cid: u32, port: u32, senders: usize, readers: usize) -> Outcome {
+    let (told, ends) = std::sync::mpsc::channel();
+    for number in 0..senders + readers {
+        let mut stream = Vsock::connect(STREAM, cid, port)?;
+        let told = told.clone();
+        std::thread::spawn(move || {
+            let data = bytes(number as u64, 1000);
+            let error = loop {
+                let outcome =
+                    if number < senders { stream.write_all(&data) } else { stream.read_exact(&mut [0]) };
+                if let Err(error) = outcome {
+                    break error;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            };
+            let _ = told.send(error.kind());
+        });
+    }
+    println!("open");
+    let mut reset = 0;
+    for number in 0..senders + readers {
+        let kind = ends.recv_timeout(SOON).map_err(|_| format!("only {number} connections have ended"))?;
+        // Who looks again after the error finds a closed connection.
+        if !matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) {
+            return Err(format!("a connection ended with {kind:?}").into());
+        }
+        reset += 1;
+    }
+    println!("{reset} connections reset, of which {readers} only waited");
     Ok(())
 }
 
@@ -312,6 +346,7 @@ fn obey(words: &[String]) -> Outcome {
             std::thread::sleep(Duration::from_secs(1000));
             Ok(())
         }
+        Some("broken") => broken(number(1)?, number(2)?, number(3)? as usize, number(4)? as usize),
         Some("sink") => serve_sink(number(1)?),
         Some("echo") => serve_echo(number(1)?),
         Some("forward") => forward(words.get(1..).unwrap_or_default()),

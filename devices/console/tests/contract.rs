@@ -3,10 +3,10 @@
 //!
 //! | line of the contract | shown by |
 //! |---|---|
-//! | a write to emerg_wr is allowed on an unconfigured device, its low byte comes out (5.3.5.1) | `c5_3_5_1_...` |
+//! | a write to emerg_wr is allowed on an unconfigured device, its low byte comes out (5.3.5.1) | `peers_console_c5_3_5_1_...` |
 //! | DEVICE_ADD of no port that exists or is beyond max_nr_ports (5.3.6.2.1) | `protocol.rs` `c5_3_6_2_1_a_port_...`, fuzz target `console` |
 //! | DEVICE_REMOVE of added ports only (5.3.6.2.1) | `protocol.rs` `c5_3_6_2_1_only_...`, fuzz target `console` |
-//! | a changed size is notified (5.3.6, item 3) | `c5_3_6_the_size_...` |
+//! | a changed size is notified (5.3.6, item 3) | `peers_console_c5_3_6_the_size_...` |
 //! | ports are announced after DEVICE_READY (5.3.5, item 3) | `c5_3_5_nothing_...` |
 //! | without MULTIPORT queues 0 and 1 only (5.3.2); queues 2 and 3 are control (trap) | `c5_3_2_...` |
 //! | transmit buffers are not written | `c5_3_6_output_...`, each use of `Guest::written` |
@@ -16,7 +16,8 @@
 //! | no control receive buffer: later, none lost | `without_control_buffers_...` |
 //! | back-pressure: nobody there, guest's side closed, no buffers | `flow.rs` `peers_console_output_...`, `data_for_a_port_...`, `input_without_buffers_...` |
 //! | reset: ports and open states vanish | `after_a_reset_...` |
-//! | traps: CONSOLE_PORT has value 1, RESIZE columns first, transmit buffers of a console come back unread | `c5_3_6_2_...`, `c5_3_6_the_size_...`, `flow.rs` `a_console_that_nobody_reads_...` |
+//! | the driver goes on, the device is another process | `takeover.rs` |
+//! | traps: CONSOLE_PORT has value 1, RESIZE columns first, transmit buffers of a console come back unread | `c5_3_6_2_...`, `peers_console_c5_3_6_the_size_...`, `flow.rs` `a_console_that_nobody_reads_...` |
 mod support;
 
 use std::io::Write;
@@ -50,7 +51,7 @@ fn c5_3_identity_queues_features_and_configuration() {
 }
 
 #[test]
-fn as_many_ports_as_fit_64_queues_and_no_more() {
+fn peers_console_as_many_ports_as_fit_64_queues_and_no_more() {
     let all: Vec<String> = (0..MAX_PORTS).map(|id| format!("name=p{id},backend=null")).collect();
     let all: Vec<&str> = all.iter().map(String::as_str).collect();
     let mut guest = Guest::ready(console(&all), RingLayout::Split);
@@ -88,7 +89,7 @@ fn c5_3_6_output_is_read_in_any_number_of_descriptors_and_comes_back_unwritten()
 }
 
 #[test]
-fn c5_3_5_1_an_emergency_write_works_before_anything_is_negotiated() {
+fn peers_console_c5_3_5_1_an_emergency_write_works_before_anything_is_negotiated() {
     let place = Place::new();
     let mut host = MemoryHost::builder(console(&[&place.unix("c")])).build();
     let mut client = connect(&place.path("c"));
@@ -165,7 +166,7 @@ fn c5_3_6_2_ports_are_described_as_linux_wants_it() {
 }
 
 #[test]
-fn c5_3_6_the_size_is_in_the_configuration_and_told_to_consoles_columns_first() {
+fn peers_console_c5_3_6_the_size_is_in_the_configuration_and_told_to_consoles_columns_first() {
     let mut guest =
         Guest::ready(console(&["backend=null", "backend=null", "name=x,backend=null"]), RingLayout::Split);
     guest.host.events();

@@ -1,5 +1,34 @@
 //! The socket device in memory, both layouts: 5.10 of virtio, what malformed packets get, and what the standard leaves
 //! to the host's side. Everything steps in one thread: a device that waited would be seen.
+//!
+//! | line of the contract | shown by |
+//! |---|---|
+//! | queues, configuration, guest_cid none of the reserved (5.10.2, 5.10.4, 5.10.6.4.2) | `c5_10_identity_...`, `c5_10_6_4_2_a_reserved_...` |
+//! | offers NO_IMPLIED_STREAM; which types there are without and with bits (5.10.3.2) | `c5_10_3_2_...` |
+//! | the header's 44 bytes, operations, types, reserved context IDs | `src/packet.rs` `c5_10_6_...`, `c5_10_4_...` |
+//! | buffers longer than `len`, payload in any descriptors; used lengths of rx and tx | `payload_in_any_number_...`; `receive_buffers_of_any_size`, each use of `Guest::send` |
+//! | tx goes on while rx is full, until what can be held is exhausted (5.10.6.1.2) | `c5_10_6_1_2_...` |
+//! | RW only into room that the peer has (5.10.6.3.2) | `c5_10_6_3_2_data_goes_...`, `src/flow/tests.rs` `c5_10_6_3_2_...` |
+//! | each packet of a flow has valid buf_alloc and fwd_cnt (5.10.6.3.2) | `c5_10_6_3_2_every_packet_...` |
+//! | CREDIT_REQUEST is answered by CREDIT_UPDATE (5.10.6.3) | `src/flow/tests.rs` `c5_10_6_3_credit_request_...` |
+//! | an unknown type is answered with RST (5.10.6.4.2) | `c5_10_6_4_2_an_unknown_type_...` |
+//! | REQUEST is answered with RESPONSE or RST; life and end of a connection (5.10.6.5) | `c5_10_6_5_...` |
+//! | SHUTDOWN's flags stay (5.10.6.5) | `src/flow/tests.rs` `c5_10_6_5_shutdown_flags_...` |
+//! | a tuple is not given again before its end | `a_tuple_that_is_taken_...` |
+//! | EOM and EOR on the last packets of messages and records (5.10.6.6.1) | `peers_vsock_c5_10_6_6_1_...`; EOR to AF_VSOCK: `tests/tests/guest_vsock.rs` `vsock_forwarding_...` |
+//! | TRANSPORT_RESET after a migration, connections are gone (5.10.6.7); four bytes | `snapshot.rs` `c5_10_6_7_...` |
+//! | malformed: short, `len` beyond what there is | `headers_that_are_short_...` |
+//! | malformed: foreign source, unknown destination, upper halves of context IDs | `headers_that_lie_about_addresses` |
+//! | malformed: no such connection (RST, but none for an RST), wrong type | `peers_vsock_refused_unknown_...` |
+//! | malformed: operations 0 and above 7; data before a connection and after its end | `operations_that_are_none_...`, `data_before_a_connection_...` |
+//! | malformed: more than the credit | `more_than_the_credit_...` |
+//! | rx buffers below 44 bytes, payload that is larger than a buffer | `receive_buffers_of_any_size` |
+//! | reset: connections and what was to be sent are gone | `reset_drops_...` |
+//! | two rings of QEMU's, three of others | `snapshot.rs` `two_of_three_...` |
+//! | CONNECT and OK | `peers_vsock_bytes_that_come_...`, `a_connect_line_...`, `clients_that_talk_...` |
+//! | traps: counters that wrap around; CREDIT_UPDATE neither missing nor a storm | `src/flow/tests.rs` `c5_10_6_3_credit_in_both_directions_...`, `credit_updates_...` |
+//! | traps: RW after SHUTDOWN(receive); starvation | `after_shutdown_of_receiving_...`; `fair_among_connections` |
+//! | common rules | `conformance.rs` |
 mod support;
 
 use std::io::Write;

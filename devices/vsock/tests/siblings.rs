@@ -4,7 +4,7 @@ mod support;
 use support::*;
 use virtio_testkit::daemon::TempDir;
 use virtio_testkit::{MemoryHost, RingLayout};
-use virtio_vsock::packet::{Header, Kind, Op, SEQ_EOM, SHUTDOWN_BOTH, SHUTDOWN_SEND};
+use virtio_vsock::packet::{Header, Kind, Op, SEQ_EOM, SEQ_EOR, SHUTDOWN_BOTH, SHUTDOWN_SEND};
 use virtio_vsock::{Exchange, HostSide, Settings, Vsock};
 use vm_virtio::Features;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -71,8 +71,9 @@ fn siblings_talk_in_both_directions() {
 fn siblings_keep_messages() {
     let (mut one, mut other) = pair();
     let (end, _) = connect(&mut one, &mut other, Kind::SeqPacket);
-    for len in [1, 100, 4000] {
-        one.send(Header { flags: U32::new(SEQ_EOM), ..end.data(len) }, &pattern(len));
+    // The end of a record is one of a message here: a Unix socket is in between.
+    for (len, flags) in [(1, SEQ_EOM), (100, SEQ_EOM | SEQ_EOR), (4000, SEQ_EOM)] {
+        one.send(Header { flags: U32::new(flags), ..end.data(len) }, &pattern(len));
     }
     for len in [1, 100, 4000] {
         let packet = other.next();

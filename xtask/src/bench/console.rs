@@ -11,7 +11,7 @@ const PEER: Peer = Peer { name: "vhost-device-console", version: "0.1.0" };
 /// What is measured if the arguments say nothing else.
 const DEFAULTS: [(&str, &str); 8] = [
     ("--device", "console"),
-    ("--load", "file,unix,tcp"),
+    ("--load", "file,shm,disk,unix,tcp"),
     ("--placement", "same"),
     ("--depth", "32"),
     ("--size", "64,4096"),

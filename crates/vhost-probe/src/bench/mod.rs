@@ -50,7 +50,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TYPE", value_parser = device::by_name, default_value = "rng")]
     device: &'static dyn Device,
 
-    /// Kinds of load; for blk: randread, randwrite, read, write; for console, by where its output goes: file, unix, tcp
+    /// Kinds of load; for blk: randread, randwrite, read, write; for console, by where its output goes: file (the null
+    /// device), shm and disk (files in memory and in --disk-dir), unix, tcp
     #[arg(long, value_delimiter = ',', value_name = "KIND")]
     load: Vec<String>,
 

@@ -1,4 +1,5 @@
 //! A console's output, and who takes it at the other end.
+use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::FallocateFlags;
 use vm_memory::VolatileSlice;
 
 use super::{LoadError, Requests, pin_current_thread};
@@ -16,8 +18,10 @@ use crate::{Buf, TestRam, VhostUserDriver};
 /// Where a reader finds a console's output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outlet {
-    /// Nobody has to take it: it goes to a file.
+    /// Nobody has to take it: it goes to a device that keeps nothing.
     File,
+    /// A file that is there, of a file system that can give room back, and that is removed at the end.
+    Kept(PathBuf),
     /// A Unix socket.
     Unix(PathBuf),
     /// A TCP port of this machine.
@@ -27,6 +31,9 @@ pub enum Outlet {
 /// How long the socket may be away, and the last bytes under way.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Bytes that a file may take before its room is given back; its length stays.
+const ROOM: u64 = 64 << 20;
+
 /// Output of port 0: one device-readable buffer a request.
 #[derive(Debug)]
 pub struct ConsoleOutput {
@@ -34,19 +41,40 @@ pub struct ConsoleOutput {
     outlet: Outlet,
     sent: u64,
     taken: Arc<AtomicU64>,
+    file: Option<File>,
+    /// Bytes of the file that take no room any more.
+    emptied: u64,
 }
 
 impl ConsoleOutput {
     /// Buffers of `size` bytes. Who reads does so on the driver's CPU: it is part of what a byte costs.
     pub fn new(size: u32, outlet: Outlet) -> ConsoleOutput {
-        ConsoleOutput { size, outlet, sent: 0, taken: Arc::default() }
+        ConsoleOutput { size, outlet, sent: 0, taken: Arc::default(), file: None, emptied: 0 }
+    }
+
+    /// Gives back the room of what has been written.
+    fn empty(&mut self) -> Result<(), String> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(file, how, self.emptied, self.sent - self.emptied)
+            .map_err(|error| format!("giving room back: {error}"))?;
+        self.emptied = self.sent;
+        Ok(())
+    }
+
+    fn came_out(&self) -> Result<u64, String> {
+        match &self.file {
+            Some(file) => file.metadata().map(|of| of.len()).map_err(|error| error.to_string()),
+            None if self.outlet == Outlet::File => Ok(self.sent),
+            None => Ok(self.taken.load(Ordering::Relaxed)),
+        }
     }
 
     fn connect(&self) -> std::io::Result<Option<Box<dyn Read + Send>>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let connected = match &self.outlet {
-                Outlet::File => return Ok(None),
+                Outlet::File | Outlet::Kept(_) => return Ok(None),
                 Outlet::Unix(path) => {
                     UnixStream::connect(path).map(|stream| Box::new(stream) as Box<dyn Read + Send>)
                 }
@@ -63,6 +91,10 @@ impl ConsoleOutput {
 
 impl Requests for ConsoleOutput {
     fn negotiated(&mut self, _driver: &mut VhostUserDriver) -> Result<(), LoadError> {
+        if let Outlet::Kept(path) = &self.outlet {
+            let file = OpenOptions::new().write(true).open(path);
+            self.file = Some(file.map_err(|error| LoadError::System("opening the console's file", error))?);
+        }
         let reader = self.connect().map_err(|error| LoadError::System("connecting to the console", error))?;
         let Some(mut reader) = reader else { return Ok(()) };
         let taken = self.taken.clone();
@@ -89,18 +121,31 @@ impl Requests for ConsoleOutput {
     /// The length is not looked at: "some devices put the total descriptor length there" (5.3.6.3). The conformance suite does.
     fn check(&mut self, _slot: usize, _written: u32, _: &[VolatileSlice<'_>]) -> Result<u64, String> {
         self.sent += u64::from(self.size);
+        if self.sent - self.emptied >= ROOM {
+            self.empty()?;
+        }
         Ok(u64::from(self.size))
     }
 
     fn verify(&mut self) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
-        while self.outlet != Outlet::File && self.taken.load(Ordering::Relaxed) != self.sent {
+        loop {
+            let taken = self.came_out()?;
+            if taken == self.sent {
+                return Ok(());
+            }
             if Instant::now() > deadline {
-                let taken = self.taken.load(Ordering::Relaxed);
                 return Err(format!("{taken} of {} bytes came out", self.sent));
             }
             thread::sleep(Duration::from_millis(2));
         }
-        Ok(())
+    }
+}
+
+impl Drop for ConsoleOutput {
+    fn drop(&mut self) {
+        if let Outlet::Kept(path) = &self.outlet {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }

@@ -68,6 +68,8 @@ pub struct SocketSession<'m> {
     free: Vec<usize>,
     /// By peer's port and own.
     flows: HashMap<(u32, u32), Flow>,
+    /// Those that may have something to send.
+    senders: Vec<(u32, u32)>,
     /// Header of control packets that found no free chain.
     waiting: Vec<[u8; HEADER]>,
 }
@@ -149,6 +151,7 @@ impl<'m> SocketSession<'m> {
             send,
             free,
             flows: HashMap::new(),
+            senders: Vec::new(),
             waiting: Vec::new(),
         };
         for slot in 0..session.receive.len() {
@@ -229,6 +232,9 @@ impl<'m> SocketSession<'m> {
         let op = (word(header, 28) >> 16) as u16;
         if op == REQUEST {
             self.flows.insert(key, Flow::default());
+            if key.1 == FLOOD {
+                self.senders.push(key);
+            }
         }
         let Some(flow) = self.flows.get_mut(&key) else { return };
         (flow.peer_alloc, flow.peer_forwarded) = (word(header, 36), word(header, 40));
@@ -237,6 +243,9 @@ impl<'m> SocketSession<'m> {
             RW => {
                 flow.received = flow.received.wrapping_add(word(header, 24));
                 if key.1 == ECHO {
+                    if flow.owed == 0 {
+                        self.senders.push(key);
+                    }
                     flow.owed += word(header, 24);
                 }
                 let untold = flow.received.wrapping_sub(flow.told);
@@ -270,31 +279,39 @@ impl<'m> SocketSession<'m> {
             }
             some = true;
         }
-        let keys: Vec<(u32, u32)> = self
-            .flows
-            .iter()
-            .filter(|(key, flow)| key.1 == FLOOD || flow.owed > 0)
-            .map(|(key, _)| *key)
-            .collect();
-        for key in keys {
-            while let Some(flow) = self.flows.get(&key).copied() {
-                let credit = flow.peer_alloc.saturating_sub(flow.sent.wrapping_sub(flow.peer_forwarded));
-                let len = if key.1 == FLOOD { self.payload } else { flow.owed.min(self.payload) };
-                if len == 0 || credit < len {
-                    break;
-                }
-                let Some(slot) = self.free.pop() else { return some };
-                let header = self.header(key, RW, len, &flow);
-                self.put(slot, &header);
-                if let Some(flow) = self.flows.get_mut(&key) {
-                    flow.sent = flow.sent.wrapping_add(len);
-                    flow.owed = flow.owed.saturating_sub(len);
-                    flow.told = flow.received;
-                }
-                some = true;
+        let mut senders = std::mem::take(&mut self.senders);
+        let mut room = true;
+        senders.retain(|key| {
+            if room {
+                (room, some) = self.send_from(*key, some);
             }
-        }
+            // One that floods has always more.
+            self.flows.get(key).is_some_and(|flow| key.1 == FLOOD || flow.owed > 0)
+        });
+        self.senders = senders;
         some
+    }
+
+    /// Sends what a flow has, as far as there is credit. Whether there is still room in the ring, and whether anything was
+    /// sent by now.
+    fn send_from(&mut self, key: (u32, u32), mut some: bool) -> (bool, bool) {
+        while let Some(flow) = self.flows.get(&key).copied() {
+            let credit = flow.peer_alloc.saturating_sub(flow.sent.wrapping_sub(flow.peer_forwarded));
+            let len = if key.1 == FLOOD { self.payload } else { flow.owed.min(self.payload) };
+            if len == 0 || credit < len {
+                break;
+            }
+            let Some(slot) = self.free.pop() else { return (false, some) };
+            let header = self.header(key, RW, len, &flow);
+            self.put(slot, &header);
+            if let Some(flow) = self.flows.get_mut(&key) {
+                flow.sent = flow.sent.wrapping_add(len);
+                flow.owed = flow.owed.saturating_sub(len);
+                flow.told = flow.received;
+            }
+            some = true;
+        }
+        (true, some)
     }
 
     /// Keeps up with clients until one of them says that it is enough.

@@ -289,11 +289,13 @@ impl VsockWorker {
         self.settle(id);
     }
 
-    /// Everything that happens to a connection's socket is told from now on.
+    /// What happens to a connection's socket is told from now on.
     pub(crate) fn watch(&mut self, id: Id) -> bool {
         let Some(slot) = self.table.get(id) else { return false };
+        // The end of connect(2) is room.
+        slot.room_watched = slot.stage == Stage::Dialing;
         match &slot.socket {
-            Some(socket) => self.poller.add(socket.as_fd(), id.number()).is_ok(),
+            Some(socket) => self.poller.add(socket.as_fd(), id.number(), slot.room_watched).is_ok(),
             None => true,
         }
     }

@@ -18,8 +18,6 @@ use crate::worker::{FIRST_PORT, VsockWorker, listener_number};
 
 /// Clients are not accepted for this long once descriptors have run out.
 const DEAF: Duration = Duration::from_millis(100);
-/// Clients that are accepted in a row: those that wait keep the listener ready.
-const CLIENTS: usize = 16;
 /// Longest first message of a SEQPACKET client: the line, and what follows it.
 const FIRST_MESSAGE: usize = 4096;
 
@@ -32,7 +30,14 @@ impl VsockWorker {
         let id = Id::of(ready.number);
         let Some(slot) = self.table.get(id) else { return };
         slot.readable |= ready.readable;
+        let was_writable = slot.writable;
         slot.writable |= ready.writable;
+        if ready.writable && was_writable && slot.room_watched && slot.stage == Stage::Live {
+            // Nothing was blocked. If this fails there are wake-ups for nothing.
+            let socket = slot.socket.as_ref();
+            slot.room_watched =
+                socket.is_some_and(|socket| self.poller.change(socket.as_fd(), ready.number, false).is_err());
+        }
         slot.ended |= ready.ended;
         slot.hung_up |= ready.hung_up;
         match slot.stage {
@@ -60,7 +65,8 @@ impl VsockWorker {
 
     /// Takes clients of a listener.
     fn accept(&mut self, number: u32) {
-        for _ in 0..CLIENTS {
+        let mut clients = 0;
+        while clients < self.crowd.size() {
             let Some(listener) = self.host.listeners.get(number as usize) else { return };
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             match rustix::net::accept_with(&listener.socket, flags) {
@@ -69,7 +75,7 @@ impl VsockWorker {
                     self.host.prepare(&socket, kind);
                     self.client(socket, kind, port);
                 }
-                Err(Errno::AGAIN) => return,
+                Err(Errno::AGAIN) => break,
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     tracing::warn!("clients wait: no descriptors or memory left");
                     return self.listen(false);
@@ -77,7 +83,9 @@ impl VsockWorker {
                 // A client that has gone again.
                 Err(_) => {}
             }
+            clients += 1;
         }
+        self.crowd.learn(clients);
     }
 
     fn listen(&mut self, on: bool) {
@@ -100,8 +108,8 @@ impl VsockWorker {
         let Some(id) = self.table.insert(Slot::new(flow, Stage::Greeting, Some(socket))) else { return };
         match port {
             Some(port) => self.ask_guest(id, (HOST_CID, None), port, Welcome::Nothing),
-            // The line is there already, mostly: it is looked for when the socket says so.
-            None => self.table.set_deadline(id, Some(Instant::now() + self.timeouts.greeting)),
+            // The line is there already, mostly.
+            None => self.greeted(id),
         }
         if !self.watch(id) {
             self.table.remove(id);
@@ -112,24 +120,25 @@ impl VsockWorker {
     fn greeted(&mut self, id: Id) {
         let Some(slot) = self.table.get(id) else { return };
         let Some(socket) = &slot.socket else { return };
-        if !std::mem::take(&mut slot.readable) {
-            return;
-        }
+        slot.readable = false;
         let found = match slot.flow.kind() {
-            Kind::Stream => stream_line(socket),
+            Kind::Stream => stream_line(socket, slot.inbox.take()),
             Kind::SeqPacket => message_line(socket),
         };
         match found {
-            Line::Port(port, rest) => {
-                // More may have come with it.
-                slot.readable = true;
-                if !rest.is_empty() {
-                    slot.inbox = Some(Inbox { bytes: rest, sent: 0, eor: false });
-                }
+            Line::Port { port, rest, more } => {
+                // Of the end there is no further event.
+                slot.readable = more || slot.ended;
+                slot.inbox = (!rest.is_empty()).then_some(Inbox { bytes: rest, sent: 0, eor: false });
                 self.ask_guest(id, (HOST_CID, None), port, Welcome::Line);
             }
-            Line::NotYet if !slot.ended => {}
-            Line::NotYet | Line::Nonsense => self.table.remove(id),
+            Line::NotYet(part) if !slot.ended => {
+                slot.inbox = Some(Inbox { bytes: part, sent: 0, eor: false });
+                if !slot.has_deadline() {
+                    self.table.set_deadline(id, Some(Instant::now() + self.timeouts.greeting));
+                }
+            }
+            Line::NotYet(_) | Line::Nonsense => self.table.remove(id),
         }
     }
 
@@ -274,32 +283,46 @@ impl VsockWorker {
 
 /// What a client has said.
 enum Line {
-    Port(u32, Vec<u8>),
-    NotYet,
+    /// Where it wants to, what came behind that, and whether there may be more.
+    Port {
+        port: u32,
+        rest: Vec<u8>,
+        more: bool,
+    },
+    /// What there is of it.
+    NotYet(Vec<u8>),
     Nonsense,
 }
 
-/// Takes the line and not a byte more: what follows is the guest's.
-fn stream_line(socket: &OwnedFd) -> Line {
+/// Takes what there is of the line, behind the part that was there before, and a little of what follows it.
+fn stream_line(socket: &OwnedFd, part: Option<Inbox>) -> Line {
     let mut bytes = [0; unix::LINE_MAX];
-    let peek = |bytes: &mut [u8], peek| {
+    let part = part.map(|part| part.bytes).unwrap_or_default();
+    let mut have = part.len();
+    let Some(head) = bytes.get_mut(..have) else { return Line::Nonsense };
+    head.copy_from_slice(&part);
+    loop {
+        let room = bytes.get_mut(have..).unwrap_or_default();
+        let size = room.len();
         let mut sink = Sink::new();
-        sink.own(bytes);
-        syscall::receive(socket.as_fd(), sink, peek).map(|received| received.bytes)
-    };
-    let have = match peek(&mut bytes, true) {
-        Ok(0) => return Line::Nonsense,
-        Ok(have) => have,
-        Err(Errno::AGAIN) => return Line::NotYet,
-        Err(_) => return Line::Nonsense,
-    };
-    match unix::connect_line(bytes.get(..have.min(unix::LINE_MAX)).unwrap_or_default()) {
-        Ok(Some((port, len))) => match peek(bytes.get_mut(..len).unwrap_or_default(), false) {
-            Ok(taken) if taken == len => Line::Port(port, Vec::new()),
-            _ => Line::Nonsense,
-        },
-        Ok(None) => Line::NotYet,
-        Err(()) => Line::Nonsense,
+        sink.own(room);
+        let received = match syscall::receive(socket.as_fd(), sink, false) {
+            Ok(received) if received.bytes > 0 => received,
+            Err(Errno::AGAIN) => return Line::NotYet(bytes.get(..have).unwrap_or_default().to_vec()),
+            _ => return Line::Nonsense,
+        };
+        have += received.bytes;
+        let more = received.bytes == size || received.cut;
+        let found = bytes.get(..have).unwrap_or_default();
+        match unix::connect_line(found) {
+            Ok(Some((port, len))) => {
+                return Line::Port { port, rest: found.get(len..).unwrap_or_default().to_vec(), more };
+            }
+            // The next byte will be told of. There is room for it: a line of the longest length is nonsense.
+            Ok(None) if !more => return Line::NotYet(found.to_vec()),
+            Ok(None) => {}
+            Err(()) => return Line::Nonsense,
+        }
     }
 }
 
@@ -307,7 +330,7 @@ fn stream_line(socket: &OwnedFd) -> Line {
 fn message_line(socket: &OwnedFd) -> Line {
     match syscall::message_len(socket.as_fd()) {
         Ok(len) if len <= FIRST_MESSAGE => {}
-        Err(Errno::AGAIN) => return Line::NotYet,
+        Err(Errno::AGAIN) => return Line::NotYet(Vec::new()),
         _ => return Line::Nonsense,
     }
     let mut bytes = vec![0; FIRST_MESSAGE];
@@ -316,7 +339,7 @@ fn message_line(socket: &OwnedFd) -> Line {
     let Ok(message) = syscall::receive(socket.as_fd(), sink, false) else { return Line::Nonsense };
     bytes.truncate(message.bytes);
     match unix::connect_line(&bytes) {
-        Ok(Some((port, len))) => Line::Port(port, bytes.split_off(len)),
+        Ok(Some((port, len))) => Line::Port { port, rest: bytes.split_off(len), more: true },
         _ => Line::Nonsense,
     }
 }

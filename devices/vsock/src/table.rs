@@ -65,7 +65,8 @@ pub(crate) enum Welcome {
     Byte,
 }
 
-/// A message for the guest that did not fit into one of its buffers.
+/// What was read for the guest and is not in its buffers yet: a message that did not fit into one of them, or what a client
+/// sent right behind its CONNECT line (until that is complete: what there is of it).
 pub(crate) struct Inbox {
     pub(crate) bytes: Vec<u8>,
     pub(crate) sent: usize,
@@ -82,6 +83,8 @@ pub(crate) struct Slot {
     pub(crate) readable: bool,
     /// It may have room.
     pub(crate) writable: bool,
+    /// The poller tells of room.
+    pub(crate) room_watched: bool,
     /// Its peer sends nothing more: read on until the end.
     pub(crate) ended: bool,
     /// Its peer is gone.
@@ -106,6 +109,7 @@ impl Slot {
             socket,
             readable: false,
             writable: true,
+            room_watched: false,
             ended: false,
             hung_up: false,
             output_ended: false,
@@ -121,6 +125,11 @@ impl Slot {
     /// The tuple under which the guest knows it.
     pub(crate) fn key(&self) -> Option<Key> {
         self.key
+    }
+
+    /// It is waited for.
+    pub(crate) fn has_deadline(&self) -> bool {
+        self.deadline.is_some()
     }
 
     /// There may be something for the guest.

@@ -68,6 +68,7 @@ impl VsockWorker {
             return Turn::Idle;
         }
         let turn = match slot.flow.kind() {
+            Kind::Stream if slot.inbox.is_some() => hand_over(queue, slot, cid),
             Kind::Stream => read_stream(queue, slot, cid),
             Kind::SeqPacket => read_message(queue, slot, cid),
         };
@@ -317,7 +318,14 @@ fn read_message(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
             Err(_) => return Turn::More,
         }
     }
-    // The whole of it fits into the credit, or did when it was taken.
+    hand_over(queue, slot, cid)
+}
+
+/// Puts what was read before into the guest's buffers, as far as there is credit.
+fn hand_over(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
+    let Some(key) = slot.key() else { return Turn::Idle };
+    let is_message = slot.flow.kind() == Kind::SeqPacket;
+    // The whole of a message fits into the credit, or did when it was taken.
     while let Some(inbox) = &mut slot.inbox {
         let rest = inbox.bytes.get(inbox.sent..).unwrap_or_default();
         let credit = slot.flow.room() as usize;
@@ -329,7 +337,7 @@ fn read_message(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
         let room = usize::try_from(room(queue, &chain)).unwrap_or(usize::MAX) - HEADER;
         let part = rest.len().min(room).min(credit);
         let last = part == rest.len();
-        let flags = match (last, inbox.eor) {
+        let flags = match (is_message && last, inbox.eor) {
             (false, _) => 0,
             (true, false) => SEQ_EOM,
             (true, true) => SEQ_EOM | SEQ_EOR,
@@ -338,7 +346,9 @@ fn read_message(queue: &mut Queue, slot: &mut Slot, cid: u32) -> Turn {
         writer.skip(HEADER);
         writer.write(rest.get(..part).unwrap_or_default());
         inbox.sent += part;
-        let header = slot.flow.header(cid, key, Op::Rw, u32::try_from(part).unwrap_or(0), flags);
+        // A buffer with room for a header only holds what is never wrong.
+        let op = if part == 0 && !last { Op::CreditUpdate } else { Op::Rw };
+        let header = slot.flow.header(cid, key, op, u32::try_from(part).unwrap_or(0), flags);
         complete(queue, chain, &header, part);
         if last {
             slot.inbox = None;

@@ -92,6 +92,41 @@ pub struct VsockWorker {
     timer: Option<Instant>,
     /// Clients are not accepted until then: no descriptors.
     pub(crate) deaf: Option<Instant>,
+    pub(crate) crowd: Crowd,
+}
+
+/// How many clients are accepted in a row. To find out that there is no other one is a system call, too, so more than one is
+/// tried only where that was right for some time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Crowd {
+    size: usize,
+    /// How often there were as many.
+    found: u8,
+}
+
+impl Crowd {
+    /// At most: those that wait keep their listener ready.
+    const MOST: usize = 16;
+    const OFTEN: u8 = 8;
+
+    const fn new() -> Crowd {
+        Crowd { size: 1, found: 0 }
+    }
+
+    pub(crate) fn size(self) -> usize {
+        self.size
+    }
+
+    /// There were so many.
+    pub(crate) fn learn(&mut self, clients: usize) {
+        if clients < self.size {
+            *self = Crowd { size: clients.max(1), found: 0 };
+        } else if self.found < Crowd::OFTEN {
+            self.found += 1;
+        } else {
+            *self = Crowd { size: (self.size * 2).min(Crowd::MOST), found: 0 };
+        }
+    }
 }
 
 impl VsockWorker {
@@ -127,6 +162,7 @@ impl VsockWorker {
             event_due: false,
             timer: None,
             deaf: None,
+            crowd: Crowd::new(),
         })
     }
 
@@ -154,6 +190,7 @@ impl VsockWorker {
             event_due,
             timer: _,
             deaf: _,
+            crowd: _,
         } = self;
         table.clear();
         stray.clear();
@@ -200,6 +237,16 @@ impl VsockWorker {
     /// A connection whose state may have changed: it gets in line if it has something for the guest, or goes.
     pub(crate) fn settle(&mut self, id: Id) {
         let Some(slot) = self.table.get(id) else { return };
+        if !slot.writable
+            && !slot.room_watched
+            && let Some(socket) = &slot.socket
+        {
+            slot.room_watched = true;
+            if self.poller.change(socket.as_fd(), id.number(), true).is_err() {
+                // Nobody would ever send the rest.
+                slot.flow.abort();
+            }
+        }
         if slot.flow.owed().is_none() && slot.has_input() && slot.flow.room() == 0 {
             slot.flow.starve();
         }
@@ -319,5 +366,25 @@ impl VsockWorker {
     /// What this driver may use is decided by [`Features`].
     pub(crate) fn features() -> Features {
         crate::STREAM | SEQPACKET | NO_IMPLIED_STREAM
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Crowd;
+
+    #[test]
+    fn clients_one_after_another_are_seldom_looked_for_in_vain_and_a_crowd_is_taken_in_rows() {
+        let mut crowd = Crowd::new();
+        let in_vain = (0..90).filter(|_| {
+            let in_vain = crowd.size() > 1;
+            crowd.learn(1);
+            in_vain
+        });
+        assert_eq!(in_vain.count(), 9);
+        (0..100).for_each(|_| crowd.learn(crowd.size()));
+        assert_eq!(crowd.size(), Crowd::MOST);
+        crowd.learn(0);
+        assert_eq!(crowd.size(), 1);
     }
 }

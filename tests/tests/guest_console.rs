@@ -324,7 +324,8 @@ fn everything(test: &str, without: &[&str], packed: bool, bulk: usize) -> Result
         greet
         ask greeted
         count
-        (cat <&5 >&5) 5<>/dev/virtio-ports/org.example.1
+        # Linux reads 4 KiB at most, and writes 32.
+        (dd ibs=4k obs=32k <&5 >&5 2>/tmp/dd) 5<>/dev/virtio-ports/org.example.1 || fail \"dd: $(cat /tmp/dd)\"
         ask bulk
         virtio=$(basename $(readlink -f /sys/class/virtio-ports/vport*p1/device))
         ( while echo traffic; do :; done ) >/dev/virtio-ports/org.example.2 2>/dev/null &
@@ -443,22 +444,26 @@ fn resize(bench: &Bench, console: &mut Client<UnixStream>, cols: u16, rows: u16)
 
 /// Sends a pattern and compares what comes back; returns how many bytes were the same.
 fn there_and_back(stream: UnixStream, bulk: usize) -> Result<usize, Failure> {
-    fn part(at: usize, count: usize) -> Vec<u8> {
-        (at / 4..(at + count) / 4)
-            .flat_map(|word| (word as u32).wrapping_mul(2_654_435_761).to_le_bytes())
-            .collect()
-    }
     const PART: usize = 1 << 16;
+    const ROUND: usize = 1 << 20;
+    let pattern: Vec<u8> = (0..(ROUND + PART) as u32 / 4)
+        .flat_map(|word| word.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect();
+    // Each part begins elsewhere in the pattern, so that no two of them, nor pages of them, are the same.
+    let part = move |at: usize| {
+        let from = at / PART * 4099 % ROUND;
+        pattern[from..from + PART].to_vec()
+    };
     stream.set_nonblocking(false).map_err(Failure::io("make it block"))?;
     stream.set_read_timeout(Some(SOON)).map_err(Failure::io("limit its time"))?;
     let mut sender = stream.try_clone().map_err(Failure::io("copy a descriptor"))?;
-    let sending = std::thread::spawn(move || {
-        (0..bulk).step_by(PART).try_for_each(|at| sender.write_all(&part(at, PART)))
-    });
+    let parts = part.clone();
+    let sending =
+        std::thread::spawn(move || (0..bulk).step_by(PART).try_for_each(|at| sender.write_all(&parts(at))));
     let (mut reader, mut bytes) = (stream, vec![0; PART]);
     for at in (0..bulk).step_by(PART) {
         reader.read_exact(&mut bytes).map_err(Failure::io(format_args!("read back from byte {at} on")))?;
-        if bytes != part(at, PART) {
+        if bytes != part(at) {
             return Err(Failure::new(format!("bytes from {at} on are others than those that were sent")));
         }
     }

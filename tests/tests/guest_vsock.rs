@@ -251,6 +251,7 @@ socat VSOCK-LISTEN:2001 SYSTEM:'tr a-z A-Z' &
 sleep 0.5
 ask serves
 [ \"$(cat /tmp/heard)\" = 'from the host' ] || fail \"heard $(cat /tmp/heard)\"
+tell did \"$(uptime_s) s: the host's calls\"
 "
     );
     let mut guest = Guest::new(lab)

@@ -3,7 +3,7 @@
 //! `cargo bench -p backplane-bench --bench rings`: criterion's statistics of each cell, then a table of medians and
 //! ratios from rounds in which the variants take turns. `-- --quick`: a short table only, to see that it runs.
 //! `-- --table`: the table only. `-- --fastest`: each cell's fastest laps, for a busy machine, and in-flight tracking;
-//! `-- --fastest packed cycle`: of that row.
+//! `-- --fastest packed cycle 8`: of that row, with eight regions.
 //! `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
 #![allow(missing_docs, reason = "a benchmark has no interface")]
 #![allow(unreachable_pub, reason = "a benchmark has no interface")]
@@ -176,19 +176,20 @@ fn one(arguments: &[String]) {
 
 /// The fastest laps of all rows, with what in-flight tracking adds to ours: medians of several sets of memory.
 fn fastest(wanted: &[String]) {
-    println!("nanoseconds a chain, fastest laps: bare, ours, ours with in-flight tracking\n");
+    let regions = if wanted.iter().any(|wanted| wanted == "8") { 8 } else { 1 };
+    println!("nanoseconds a chain, fastest laps, {regions} regions: bare, ours, ours with in-flight tracking\n");
     for packed in [false, true] {
         for row in &ROWS {
-            let is = |wanted: &String| wanted == row.id || wanted == if packed { "packed" } else { "split" };
-            if !wanted.iter().all(is) {
+            let layout = if packed { "packed" } else { "split" };
+            if !wanted.iter().all(|wanted| [row.id, layout, "8"].contains(&wanted.as_str())) {
                 continue;
             }
             let mut found: [Vec<f64>; 3] = Default::default();
             for set in 0..8 {
                 let displaced = vec![0u8; set * 1040];
-                let mut variants = variants(row, packed, 1);
+                let mut variants = variants(row, packed, regions);
                 std::hint::black_box(&displaced);
-                let guest = Guest::new(1, row.shape, packed);
+                let guest = Guest::new(regions, row.shape, packed);
                 let tracked = Ours::tracked(&guest);
                 variants.truncate(2);
                 variants.push(("tracked", Box::new(Bench::new(guest, tracked, row))));
@@ -201,7 +202,6 @@ fn fastest(wanted: &[String]) {
                 found.iter_mut().zip(least).for_each(|(found, least)| found.push(least));
             }
             let [bare, ours, tracked] = found.map(|mut values| median(&mut values));
-            let layout = if packed { "packed" } else { "split" };
             println!(
                 "| {:<31} | {layout:<6} | {bare:6.1} | {ours:6.1} ({:.2}) | {tracked:6.1} (+{:.1}) |",
                 row.name,

@@ -96,10 +96,8 @@ enum Ring {
 /// What there is to do beside the ring, when chains are completed and published.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Nothing.
+    /// Nothing but in-flight tracking, which the rings do.
     Short,
-    /// In-flight tracking, and nothing else.
-    Tracked,
     /// Completions have an order, there is a log, or the ring is missing.
     Long,
 }
@@ -278,7 +276,7 @@ impl Queue {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
-        if self.way != Way::Short || !self.arena.is_usual(slot) || written > slot.writable_len() {
+        if self.way == Way::Long || !self.arena.is_usual(slot) || written > slot.writable_len() {
             let slot = self.arena.index_of(slot);
             return self.add_used_slowly(slot, written);
         }
@@ -286,8 +284,8 @@ impl Queue {
         // First, so that nothing is left to be done behind what the ring calls.
         self.arena.release_usual(slot);
         match &mut self.ring {
-            Ring::Split(ring) => ring.put_run(slot.id(), written, 1),
-            Ring::Packed(ring) => ring.put_run(slot.id(), written, slot.descs()),
+            Ring::Split(ring) => ring.put(slot, written),
+            Ring::Packed(ring) => ring.put(&self.arena, slot, written),
         }
     }
 
@@ -317,6 +315,9 @@ impl Queue {
     fn give_up_slot(&mut self, slot: u32) {
         self.counters.discarded += 1;
         self.log_chain(slot);
+        if let Ring::Packed(ring) = &mut self.ring {
+            ring.leaves(&self.arena);
+        }
         if self.in_order.is_none() {
             self.release(slot);
         } else if let Some(slot) = self.arena.at(slot) {
@@ -405,17 +406,6 @@ impl Queue {
     /// the driver wants an interrupt for them. Takes back dropped chains first.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.arena.has_dropped() || self.way != Way::Short {
-            return self.publish_otherwise();
-        }
-        match &mut self.ring {
-            Ring::Split(ring) => ring.publish(),
-            Ring::Packed(ring) => ring.publish(),
-        }
-    }
-
-    #[inline(never)]
-    fn publish_otherwise(&mut self) -> bool {
         if self.arena.has_dropped() || self.way == Way::Long {
             return self.publish_slowly();
         }
@@ -448,21 +438,13 @@ impl Queue {
     fn publish_ring(&mut self) -> bool {
         match &mut self.ring {
             Ring::Split(ring) => ring.publish(),
-            Ring::Packed(ring) => ring.publish_noted(),
+            Ring::Packed(ring) => ring.publish(),
         }
     }
 
     fn choose_way(&mut self) {
-        let tracked = match &self.ring {
-            Ring::Split(ring) => ring.inflight.is_some(),
-            Ring::Packed(ring) => ring.inflight.is_some(),
-        };
         let long = self.in_order.is_some() || self.log.is_some() || !self.has_ring();
-        self.way = match tracked {
-            _ if long => Way::Long,
-            true => Way::Tracked,
-            false => Way::Short,
-        };
+        self.way = if long { Way::Long } else { Way::Short };
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.
@@ -700,14 +682,7 @@ impl Queue {
             self.counters.clamped += 1;
         }
         self.counters.bytes_written += u64::from(written);
-        if self.way != Way::Tracked || !self.arena.is_usual(at) {
-            return self.complete_slowly(slot, written);
-        }
-        self.arena.release_usual(at);
-        match &mut self.ring {
-            Ring::Split(ring) => ring.put(at, written),
-            Ring::Packed(ring) => ring.put(&self.arena, at, written),
-        }
+        self.complete_slowly(slot, written);
     }
 
     /// Completes the chain of a slot whose handle has ended.

@@ -242,9 +242,17 @@ impl Packed {
     }
 
     /// Writes a used descriptor for one list, and notes it. Calls nothing but at its end, as all that is done for each
-    /// chain.
+    /// chain. What is noted is elsewhere: it would cost a queue that does not note anything its registers.
     #[inline(always)]
     pub(super) fn put(&mut self, arena: &Arena, slot: &Slot, written: u32) {
+        if self.inflight.is_some() {
+            return self.put_noted(arena, slot, written);
+        }
+        self.put_run(slot.id(), written, slot.descs());
+    }
+
+    #[inline(never)]
+    fn put_noted(&mut self, arena: &Arena, slot: &Slot, written: u32) {
         let at = self.next_used;
         let keep = if self.batch > 0 { self.ring.word(at) } else { None };
         if let Some(inflight) = &mut self.inflight
@@ -267,6 +275,13 @@ impl Packed {
     pub(super) fn note_used(&mut self, arena: &Arena, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
             inflight.put(arena, slot, &self.ring);
+        }
+    }
+
+    /// A list is going to leave the arena without being used.
+    pub(super) fn leaves(&mut self, arena: &Arena) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.know(arena);
         }
     }
 
@@ -306,31 +321,35 @@ impl Packed {
         self.ring.advance(&mut self.next_used, descs);
     }
 
-    /// The same as [`Self::publish`], with what is in flight.
+    /// Makes the batch visible, and notes that; whether the driver wants an interrupt for it (2.8.10).
     #[inline(always)]
-    pub(super) fn publish_noted(&mut self) -> bool {
+    pub(super) fn publish(&mut self) -> bool {
+        if self.inflight.is_some() { self.publish_noted() } else { self.publish_batch() }
+    }
+
+    #[inline(never)]
+    fn publish_noted(&mut self) -> bool {
         if let (Some(inflight), 1..) = (&mut self.inflight, self.batch) {
             inflight.publishing();
             if inflight.has_saved() {
                 return self.publish_saved();
             }
         }
-        self.publish()
+        self.publish_batch()
     }
 
     #[cold]
     #[inline(never)]
     fn publish_saved(&mut self) -> bool {
-        let wanted = self.publish();
+        let wanted = self.publish_batch();
         if let Some(inflight) = &mut self.inflight {
             inflight.free_batch();
         }
         wanted
     }
 
-    /// Makes the batch visible; whether the driver wants an interrupt for it (2.8.10).
     #[inline(always)]
-    pub(super) fn publish(&mut self) -> bool {
+    fn publish_batch(&mut self) -> bool {
         let batch = self.batch;
         if batch == 0 {
             return false;

@@ -60,8 +60,10 @@ pub(in super::super) struct PackedInflight {
     used: u64,
     /// Which of the used positions is the older one.
     second: bool,
-    /// By place in the ring: the arena's slot of the list that begins there, if it is out and was not saved.
+    /// By place in the ring: the arena's slot of the list that begins there, if it is out and was not saved. Empty as long
+    /// as lists are used in the order in which they were popped: then nobody asks.
     out: Box<[u32]>,
+    size: u16,
     saved: Saved,
 }
 
@@ -120,19 +122,34 @@ impl PackedInflight {
             free: 0,
             batch: Vec::with_capacity(usize::from(size)),
         };
-        PackedInflight { entries, used, second: false, out: vec![NOBODY; usize::from(size)].into(), saved }
+        PackedInflight { entries, used, second: false, out: Box::default(), size, saved }
     }
 
     /// Notes the list that begins at this place of the ring.
     #[inline(always)]
     pub(in super::super) fn pop(&mut self, arena: &Arena, slot: &Slot, place: u16) {
-        if let (Some([state, _]), Some(out)) =
-            (self.entries.entry(place), self.out.get_mut(usize::from(place)))
-        {
+        if let Some([state, _]) = self.entries.entry(place) {
             state.store(OUT);
-            *out = arena.index_of(slot);
         }
         slot.set_entry(place);
+        if let Some(out) = self.out.get_mut(usize::from(place)) {
+            *out = arena.index_of(slot);
+        }
+    }
+
+    /// From here on it is known which lists are out: before the first one leaves their order.
+    #[cold]
+    #[inline(never)]
+    pub(in super::super) fn know(&mut self, arena: &Arena) {
+        if !self.out.is_empty() {
+            return;
+        }
+        self.out = vec![NOBODY; usize::from(self.size)].into();
+        for slot in arena.taken() {
+            if let Some(out) = self.out.get_mut(usize::from(slot.entry())) {
+                *out = arena.index_of(slot);
+            }
+        }
     }
 
     /// Puts back what was popped last. It was not saved: nothing is used that far.
@@ -165,14 +182,16 @@ impl PackedInflight {
     /// nothing is done. `keep`: as [`Self::keep`].
     #[inline(always)]
     pub(in super::super) fn put_in_order(&mut self, slot: &Slot, keep: Option<u64>, place: u16) -> bool {
-        match (self.entries.entry(place), self.out.get_mut(usize::from(place))) {
-            (Some([state, kept]), Some(out)) if slot.entry() == place => {
+        match self.entries.entry(place) {
+            Some([state, kept]) if slot.entry() == place => {
                 if let Some(word) = keep {
                     kept.store(word);
                 }
                 state.store(self.used);
-                *out = NOBODY;
                 self.used = self.used.wrapping_add(u64::from(slot.descs()));
+                if let Some(out) = self.out.get_mut(usize::from(place)) {
+                    *out = NOBODY;
+                }
                 true
             }
             _ => false,
@@ -189,12 +208,13 @@ impl PackedInflight {
 
     /// The place in the ring of the used position, or so many behind.
     fn place(&self, behind: u64) -> u16 {
-        let size = self.out.len().max(1) as u64;
+        let size = u64::from(self.size.max(1));
         (self.used.wrapping_add(behind) % size) as u16
     }
 
     /// The list was saved, or is used before an older one.
     fn put_elsewhere(&mut self, arena: &Arena, slot: &Slot, ring: &PackedRing) {
+        self.know(arena);
         for behind in 0..u64::from(slot.descs()) {
             let place = self.place(behind);
             let out = self.out.get(usize::from(place));
@@ -221,10 +241,10 @@ impl PackedInflight {
             .filter_map(|next| ring.raw(self.place(behind.wrapping_add(next))))
             .collect();
         let Some(first) = self.saved.add(position, &descs) else { return };
-        if let (Some([state, _]), Some(out)) =
-            (self.entries.entry(place), self.out.get_mut(usize::from(place)))
-        {
+        if let Some([state, _]) = self.entries.entry(place) {
             state.store(NEVER);
+        }
+        if let Some(out) = self.out.get_mut(usize::from(place)) {
             *out = NOBODY;
         }
         slot.set_entry(SAVED | first);

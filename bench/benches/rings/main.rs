@@ -177,7 +177,9 @@ fn one(arguments: &[String]) {
 /// The fastest laps of all rows, with what in-flight tracking adds to ours: medians of several sets of memory.
 fn fastest(wanted: &[String]) {
     let regions = if wanted.iter().any(|wanted| wanted == "8") { 8 } else { 1 };
-    println!("nanoseconds a chain, fastest laps, {regions} regions: bare, ours, ours with in-flight tracking\n");
+    println!(
+        "nanoseconds a chain, fastest laps, {regions} regions: bare, ours, ours with in-flight tracking\n"
+    );
     for packed in [false, true] {
         for row in &ROWS {
             let layout = if packed { "packed" } else { "split" };

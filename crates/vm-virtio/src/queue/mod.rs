@@ -102,6 +102,23 @@ enum Way {
     Long,
 }
 
+/// Why a chain is not just popped: there is no need for it, or it breaks a rule.
+#[derive(Clone, Copy)]
+enum Why {
+    /// As many were popped as may be.
+    Limit,
+    /// There is none.
+    Empty,
+    /// There is no free slot.
+    Slot,
+    /// The available index, by the next one.
+    Index(u16, u16),
+    /// The head.
+    Head(u16),
+    /// What comes next in a chain.
+    Next(u16),
+}
+
 /// A virtqueue.
 pub struct Queue {
     /// How many chains may have been popped by the short way: 0 as long as some are to be popped again, else `allowed`.
@@ -226,28 +243,51 @@ impl Queue {
     /// (now or before), out of budget, or waits for [a translation](Self::miss).
     #[inline]
     pub fn pop(&mut self) -> Option<Chain> {
-        if self.arena.popped() >= self.limit {
-            return self.pop_again();
-        }
-        let chain = match &mut self.ring {
-            Ring::Split(ring) => ring.pop(&self.arena),
-            Ring::Packed(ring) => ring.pop(&self.arena),
-        };
-        match chain {
-            None => self.missed(),
-            Some(chain) if self.way == Way::Long => self.popped(chain),
-            chain => chain,
+        match &self.ring {
+            Ring::Split(_) => self.pop_split(),
+            Ring::Packed(_) => self.pop_packed(),
         }
     }
 
-    /// Nothing was popped.
+    /// The rest of [`Self::pop`]: no chain was read. One function for all reasons, which may well return one, so that it can
+    /// be called at the end.
     #[cold]
     #[inline(never)]
-    fn missed(&mut self) -> Option<Chain> {
-        match self.arena.violation() {
-            Some(error) => self.stumble(error),
-            None => self.drained.set(self.arena.popped()),
+    fn pop_otherwise(&mut self, why: Why) -> Option<Chain> {
+        match why {
+            Why::Limit => self.pop_again(),
+            Why::Empty => {
+                self.drained.set(self.arena.popped());
+                None
+            }
+            Why::Slot => self.pop_more(),
+            Why::Index(idx, next) => self.stumbled(QueueError::AvailIndex { idx, next }),
+            Why::Head(head) => self.stumbled(QueueError::Head(head)),
+            Why::Next(next) => self.stumbled(QueueError::Next(next)),
         }
+    }
+
+    /// Pops if there is a slot to be had.
+    fn pop_more(&mut self) -> Option<Chain> {
+        let available = match &self.ring {
+            Ring::Split(ring) => ring.has_available(),
+            Ring::Packed(ring) => ring.has_available(),
+        };
+        if !available {
+            return self.pop_otherwise(Why::Empty);
+        }
+        match self.arena.make().map(|slot| slot.is_some()) {
+            Ok(true) => self.pop(),
+            Ok(false) => self.pop_otherwise(Why::Empty),
+            Err(error) => self.stumbled(error),
+        }
+    }
+
+    /// What there is to pop breaks a rule, or misses a translation.
+    #[cold]
+    #[inline(never)]
+    fn stumbled(&mut self, error: QueueError) -> Option<Chain> {
+        self.stumble(error);
         None
     }
 

@@ -22,7 +22,7 @@ use super::indirect;
 use super::inflight::packed::PackedInflight;
 use super::ring_mem::{Cursor, Desc, EventArea, FOREIGN, PackedRing};
 use super::state::{QueueState, RingPos};
-use super::{INDIRECT, NEXT, Negotiated, WRITE};
+use super::{INDIRECT, NEXT, Negotiated, Queue, Ring, WRITE, Way, Why};
 
 /// `RING_EVENT_FLAGS_ENABLE` (2.8.10), in the structure's high half.
 const EVENT_ENABLE: u32 = 0;
@@ -102,45 +102,6 @@ impl Packed {
         self.device_event = EventArea::new(&areas.device);
     }
 
-    /// Pops the next list. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
-    /// Nothing moves in either case.
-    #[inline]
-    pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
-        let Some(slot) = arena.peek() else { return self.pop_more(arena) };
-        let first = self.ring.read(self.next_avail)?;
-        if first.packed_flags() & FOREIGN != 0 {
-            return None;
-        }
-        if first.packed_flags() & INDIRECT != 0 {
-            return self.pop_indirect(arena, slot, first);
-        }
-        self.pop_direct(arena, slot, first)
-    }
-
-    /// Pops a list that begins with this descriptor, none of which is a table.
-    #[inline]
-    fn pop_direct(&mut self, arena: &Arena, slot: &Slot, first: Desc) -> Option<Chain> {
-        let mut at = self.next_avail;
-        let next = |_| {
-            self.ring.step(&mut at);
-            self.ring.read(at)
-        };
-        let (walked, last) = quick::<FOREIGN>(arena, slot, first, Desc::packed_flags, next);
-        // Nothing is missing: there is always a next one in the ring.
-        let Walked::Whole(count) = walked else { return self.pop_carefully(arena, slot, last) };
-        // As many as there are elements: no more than the ring has.
-        let descs = count as u16;
-        let Some(room) = self.room.checked_sub(descs) else {
-            return self.pop_too_many(arena, slot, last);
-        };
-        self.room = room;
-        self.note_popped(arena, slot);
-        self.ring.step(&mut at);
-        self.next_avail = at;
-        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
-        Some(arena.take(slot, last.packed_id(), descs))
-    }
-
     /// Notes the next list in the in-flight region.
     #[inline(always)]
     fn note_popped(&mut self, arena: &Arena, slot: &Slot) {
@@ -149,68 +110,16 @@ impl Packed {
         }
     }
 
-    /// Pops if there is a slot to be had.
-    #[cold]
-    #[inline(never)]
-    fn pop_more(&mut self, arena: &Arena) -> Option<Chain> {
-        if !self.has_available() {
-            return None;
-        }
-        arena.settle(arena.make())??;
-        self.pop(arena)
-    }
-
-    /// Pops a list that is a table.
-    #[inline(never)]
-    fn pop_indirect(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
-        let chain = Gather::new(arena, slot);
-        let checked = self.check_table(desc);
-        let walked = checked.and_then(|()| indirect::packed(chain, desc.addr, desc.len()));
-        arena.settle(walked)?;
-        self.take(arena, slot, desc.packed_id(), 1)
-    }
-
-    /// Pops a list that the quick walk left, with this element.
-    #[cold]
-    #[inline(never)]
-    fn pop_carefully(&mut self, arena: &Arena, slot: &Slot, desc: Desc) -> Option<Chain> {
-        let (chain, before) = Gather::resume(arena, slot);
-        let mut at = self.next_avail;
-        // No more elements than the ring has descriptors.
-        self.ring.advance(&mut at, before as u16);
-        if desc.packed_flags() & FOREIGN != 0 {
-            return arena.settle(Err(QueueError::NotAvailable(at.index())));
-        }
-        let walked = rest(chain, desc, before as u16, || {
-            self.ring.step(&mut at);
-            let next = self.ring.read(at).filter(|desc| desc.packed_flags() & FOREIGN == 0);
-            next.ok_or(QueueError::NotAvailable(at.index()))
-        });
-        let (id, descs) = arena.settle(walked)?;
-        self.take(arena, slot, id, descs)
-    }
-
-    /// Pops a list for which there is no room, whose last element this is.
-    #[cold]
-    #[inline(never)]
-    fn pop_too_many(&mut self, arena: &Arena, slot: &Slot, last: Desc) -> Option<Chain> {
-        undo(slot, last.packed_flags() & WRITE != 0);
-        self.pop_carefully(arena, slot, last)
-    }
-
     /// Takes what was popped, if there is room for it.
     #[inline(always)]
-    fn take(&mut self, arena: &Arena, slot: &Slot, id: u16, descs: u16) -> Option<Chain> {
-        let Some(room) = self.room.checked_sub(descs) else {
-            return arena.settle(Err(QueueError::TooManyOutstanding));
-        };
-        self.room = room;
+    fn take(&mut self, arena: &Arena, slot: &Slot, id: u16, descs: u16) -> Result<Chain, QueueError> {
+        self.room = self.room.checked_sub(descs).ok_or(QueueError::TooManyOutstanding)?;
         self.note_popped(arena, slot);
         self.ring.advance(&mut self.next_avail, descs);
-        Some(arena.take(slot, id, descs))
+        Ok(arena.take(slot, id, descs))
     }
 
-    /// Pops a list that was popped before, and whose descriptors these were: see [`Self::pop`].
+    /// Pops a list that was popped before, and whose descriptors these were: see [`Queue::pop_packed`].
     pub(super) fn pop_list(&self, arena: &Arena, descs: &[Desc]) -> Option<Chain> {
         let slot = arena.settle(arena.make())??;
         let (id, descs) = arena.settle(self.gather_list(Gather::new(arena, slot), descs))?;
@@ -403,6 +312,92 @@ impl Packed {
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
         let published = if self.batch > 0 { self.first } else { self.next_used };
         (self.next_avail.position(), published.position())
+    }
+}
+
+/// Popping: see the split ring's.
+impl Queue {
+    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves.
+    #[inline(never)]
+    pub(super) fn pop_packed(&mut self) -> Option<Chain> {
+        if self.arena.popped() >= self.limit {
+            return self.pop_otherwise(Why::Limit);
+        }
+        let Ring::Packed(ring) = &mut self.ring else { return None };
+        let Some(slot) = self.arena.peek() else { return self.pop_otherwise(Why::Slot) };
+        let mut at = ring.next_avail;
+        let Some(first) = ring.ring.read(at) else { return self.pop_otherwise(Why::Empty) };
+        if first.packed_flags() & FOREIGN != 0 {
+            return self.pop_otherwise(Why::Empty);
+        }
+        if first.packed_flags() & INDIRECT != 0 {
+            return self.pop_packed_indirect(first);
+        }
+        let next = |_| {
+            ring.ring.step(&mut at);
+            ring.ring.read(at)
+        };
+        let (walked, last) = quick::<FOREIGN>(&self.arena, slot, first, Desc::packed_flags, next);
+        // Nothing is missing: there is always a next one in the ring.
+        let Walked::Whole(count) = walked else { return self.pop_packed_carefully(last) };
+        // As many as there are elements: no more than the ring has.
+        let descs = count as u16;
+        let Some(room) = ring.room.checked_sub(descs) else { return self.pop_too_many(last) };
+        ring.room = room;
+        ring.note_popped(&self.arena, slot);
+        ring.ring.step(&mut at);
+        ring.next_avail = at;
+        // The id is in the last descriptor (2.8.6). It is the driver's to choose, and goes back as it is.
+        let chain = self.arena.take(slot, last.packed_id(), descs);
+        if self.way == Way::Long { self.popped(chain) } else { Some(chain) }
+    }
+
+    /// Pops a list that is a table.
+    #[inline(never)]
+    fn pop_packed_indirect(&mut self, desc: Desc) -> Option<Chain> {
+        let Ring::Packed(ring) = &mut self.ring else { return None };
+        let slot = self.arena.peek()?;
+        let chain = Gather::new(&self.arena, slot);
+        let checked = ring.check_table(desc);
+        let walked = checked.and_then(|()| indirect::packed(chain, desc.addr, desc.len()));
+        match walked.and_then(|()| ring.take(&self.arena, slot, desc.packed_id(), 1)) {
+            Err(error) => self.stumbled(error),
+            Ok(chain) if self.way == Way::Long => self.popped(chain),
+            Ok(chain) => Some(chain),
+        }
+    }
+
+    /// Pops a list that the quick walk left, with this element.
+    #[cold]
+    #[inline(never)]
+    fn pop_packed_carefully(&mut self, desc: Desc) -> Option<Chain> {
+        let Ring::Packed(ring) = &mut self.ring else { return None };
+        let slot = self.arena.peek()?;
+        let (chain, before) = Gather::resume(&self.arena, slot);
+        let mut at = ring.next_avail;
+        // No more elements than the ring has descriptors.
+        ring.ring.advance(&mut at, before as u16);
+        if desc.packed_flags() & FOREIGN != 0 {
+            return self.stumbled(QueueError::NotAvailable(at.index()));
+        }
+        let walked = rest(chain, desc, before as u16, || {
+            ring.ring.step(&mut at);
+            let next = ring.ring.read(at).filter(|desc| desc.packed_flags() & FOREIGN == 0);
+            next.ok_or(QueueError::NotAvailable(at.index()))
+        });
+        match walked.and_then(|(id, descs)| ring.take(&self.arena, slot, id, descs)) {
+            Err(error) => self.stumbled(error),
+            Ok(chain) if self.way == Way::Long => self.popped(chain),
+            Ok(chain) => Some(chain),
+        }
+    }
+
+    /// Pops a list for which there is no room, whose last element this is.
+    #[cold]
+    #[inline(never)]
+    fn pop_too_many(&mut self, last: Desc) -> Option<Chain> {
+        undo(self.arena.peek()?, last.packed_flags() & WRITE != 0);
+        self.pop_packed_carefully(last)
     }
 }
 

@@ -16,7 +16,7 @@ use super::indirect;
 use super::inflight::split::SplitInflight;
 use super::ring_mem::{AvailRing, Desc, Descs, UsedRing};
 use super::state::{QueueState, RingPos};
-use super::{INDIRECT, NEXT, Negotiated, WRITE};
+use super::{INDIRECT, NEXT, Negotiated, Queue, Ring, WRITE, Way, Why};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -96,40 +96,6 @@ impl Split {
         self.used = UsedRing::new(&areas.device);
     }
 
-    /// Pops the next chain. `None`: there is none, or what there is breaks a rule: then a violation is parked in the arena.
-    /// Nothing moves in either case.
-    #[inline]
-    pub(super) fn pop(&mut self, arena: &Arena) -> Option<Chain> {
-        if self.next_avail.get() == self.avail_idx {
-            let idx = self.avail.idx();
-            let ahead = idx.wrapping_sub(self.next_avail.get());
-            if ahead == 0 {
-                return None;
-            }
-            if ahead > self.size {
-                return self.refuse_index(arena, idx);
-            }
-            self.avail_idx = idx;
-        }
-        let Some(slot) = arena.peek() else { return self.pop_more(arena) };
-        let head = self.avail.head(self.next_avail.get());
-        let Some(first) = self.desc.split(head) else { return self.refuse_head(arena, head) };
-        if first.split_flags() & INDIRECT != 0 {
-            return self.pop_indirect(arena, first, head);
-        }
-        // Now, so that the head need not be kept meanwhile.
-        slot.set_name(head, 1, arena.latest().wrapping_add(1));
-        let (walked, last) =
-            quick::<0>(arena, slot, first, Desc::split_flags, |desc| self.desc.split(desc.split_next()));
-        match walked {
-            Walked::Whole(_) => {}
-            Walked::Unusual => return self.pop_carefully(arena, last),
-            Walked::Missing => return self.refuse_next(arena, last.split_next()),
-        }
-        self.popped(slot.id());
-        Some(arena.take_named(slot))
-    }
-
     /// The chain with this head is taken.
     #[inline(always)]
     fn popped(&mut self, head: u16) {
@@ -139,56 +105,7 @@ impl Split {
         }
     }
 
-    #[cold]
-    #[inline(never)]
-    fn refuse_index(&self, arena: &Arena, idx: u16) -> Option<Chain> {
-        arena.settle(Err(QueueError::AvailIndex { idx, next: self.next_avail.get() }))
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn refuse_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
-        arena.settle(Err(QueueError::Head(head)))
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn refuse_next(&self, arena: &Arena, next: u16) -> Option<Chain> {
-        arena.settle(Err(QueueError::Next(next)))
-    }
-
-    /// Pops if there is a slot to be had.
-    #[cold]
-    #[inline(never)]
-    fn pop_more(&mut self, arena: &Arena) -> Option<Chain> {
-        arena.settle(arena.make())??;
-        self.pop(arena)
-    }
-
-    /// Pops a chain that begins with a table.
-    #[inline(never)]
-    fn pop_indirect(&mut self, arena: &Arena, desc: Desc, head: u16) -> Option<Chain> {
-        let slot = arena.peek()?;
-        let chain = Gather::new(arena, slot);
-        let checked = self.check_table(desc);
-        arena.settle(checked.and_then(|()| indirect::split(chain, desc.addr, desc.len())))?;
-        self.popped(head);
-        Some(arena.take(slot, head, 1))
-    }
-
-    /// Pops a chain that the quick walk left, with this element.
-    #[cold]
-    #[inline(never)]
-    fn pop_carefully(&mut self, arena: &Arena, desc: Desc) -> Option<Chain> {
-        let slot = arena.peek()?;
-        let head = slot.id();
-        let (chain, _) = Gather::resume(arena, slot);
-        arena.settle(self.rest(chain, desc))?;
-        self.popped(head);
-        Some(arena.take(slot, head, 1))
-    }
-
-    /// Pops a chain that was popped before, by its head: see [`Self::pop`].
+    /// Pops a chain that was popped before, by its head: see [`Queue::pop_split`].
     pub(super) fn pop_head(&self, arena: &Arena, head: u16) -> Option<Chain> {
         let slot = arena.settle(arena.make())??;
         let first = self.desc.split(head).ok_or(QueueError::Head(head));
@@ -305,5 +222,79 @@ impl Split {
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
         let position = |index| RingPos { index, wrap: true };
         (position(self.next_avail.get()), position(self.published))
+    }
+}
+
+/// Popping. All of it goes by the queue, and calls what it calls at its end: nothing but the walk itself has values to keep.
+impl Queue {
+    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves.
+    #[inline(never)]
+    pub(super) fn pop_split(&mut self) -> Option<Chain> {
+        if self.arena.popped() >= self.limit {
+            return self.pop_otherwise(Why::Limit);
+        }
+        let Ring::Split(ring) = &mut self.ring else { return None };
+        if ring.next_avail.get() == ring.avail_idx {
+            let idx = ring.avail.idx();
+            let next = ring.next_avail.get();
+            let ahead = idx.wrapping_sub(next);
+            if ahead == 0 {
+                return self.pop_otherwise(Why::Empty);
+            }
+            if ahead > ring.size {
+                return self.pop_otherwise(Why::Index(idx, next));
+            }
+            ring.avail_idx = idx;
+        }
+        let Some(slot) = self.arena.peek() else { return self.pop_otherwise(Why::Slot) };
+        let head = ring.avail.head(ring.next_avail.get());
+        let Some(first) = ring.desc.split(head) else { return self.pop_otherwise(Why::Head(head)) };
+        if first.split_flags() & INDIRECT != 0 {
+            return self.pop_split_indirect(first, head);
+        }
+        // Now, so that the head need not be kept meanwhile.
+        slot.set_name(head, 1, self.arena.latest().wrapping_add(1));
+        let (walked, last) = quick::<0>(&self.arena, slot, first, Desc::split_flags, |desc| {
+            ring.desc.split(desc.split_next())
+        });
+        match walked {
+            Walked::Whole(_) => {}
+            Walked::Unusual => return self.pop_split_carefully(last),
+            Walked::Missing => return self.pop_otherwise(Why::Next(last.split_next())),
+        }
+        ring.popped(slot.id());
+        let chain = self.arena.take_named(slot);
+        if self.way == Way::Long { self.popped(chain) } else { Some(chain) }
+    }
+
+    /// Pops a chain that begins with a table.
+    #[inline(never)]
+    fn pop_split_indirect(&mut self, desc: Desc, head: u16) -> Option<Chain> {
+        let Ring::Split(ring) = &mut self.ring else { return None };
+        let slot = self.arena.peek()?;
+        let chain = Gather::new(&self.arena, slot);
+        let checked = ring.check_table(desc);
+        if let Err(error) = checked.and_then(|()| indirect::split(chain, desc.addr, desc.len())) {
+            return self.stumbled(error);
+        }
+        ring.popped(head);
+        let chain = self.arena.take(slot, head, 1);
+        if self.way == Way::Long { self.popped(chain) } else { Some(chain) }
+    }
+
+    /// Pops a chain that the quick walk left, with this element.
+    #[cold]
+    #[inline(never)]
+    fn pop_split_carefully(&mut self, desc: Desc) -> Option<Chain> {
+        let Ring::Split(ring) = &mut self.ring else { return None };
+        let slot = self.arena.peek()?;
+        let head = slot.id();
+        let (chain, _) = Gather::resume(&self.arena, slot);
+        if let Err(error) = ring.rest(chain, desc) {
+            return self.stumbled(error);
+        }
+        ring.popped(head);
+        let chain = self.arena.take(slot, head, 1);
+        if self.way == Way::Long { self.popped(chain) } else { Some(chain) }
     }
 }

@@ -155,6 +155,7 @@ impl Packed {
     #[inline(always)]
     pub(super) fn put(&mut self, arena: &Arena, slot: &Slot, written: u32) {
         if self.inflight.is_some() {
+            std::hint::cold_path();
             return self.put_noted(arena, slot, written);
         }
         self.put_run(slot.id(), written, slot.descs());
@@ -233,7 +234,11 @@ impl Packed {
     /// Makes the batch visible, and notes that; whether the driver wants an interrupt for it (2.8.10).
     #[inline(always)]
     pub(super) fn publish(&mut self) -> bool {
-        if self.inflight.is_some() { self.publish_noted() } else { self.publish_batch() }
+        if self.inflight.is_some() {
+            std::hint::cold_path();
+            return self.publish_noted();
+        }
+        self.publish_batch()
     }
 
     #[inline(never)]

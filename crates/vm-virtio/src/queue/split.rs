@@ -154,6 +154,7 @@ impl Split {
     #[inline(always)]
     pub(super) fn note_used(&mut self, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
+            std::hint::cold_path();
             inflight.put(slot.id());
         }
     }

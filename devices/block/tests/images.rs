@@ -450,6 +450,32 @@ fn an_image_is_locked_against_a_second_writer() {
     assert!(!locked(WRITABLE), "the locks end with the image");
 }
 
+/// What io_uring had is let go of by the kernel a moment after its owner closed it, or was killed.
+#[test]
+fn a_lock_that_is_about_to_go_is_waited_for() {
+    let directory = TempDir::new();
+    let path = directory.join("disk.img");
+    std::fs::write(&path, patterned(8192)).unwrap();
+    let deadline = Instant::now() + SOON;
+    loop {
+        let owner = image(&path, WRITABLE);
+        let (opened, ends) = std::thread::scope(|scope| {
+            let begun = Instant::now();
+            let ends = scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(50));
+                drop(owner);
+                begun.elapsed()
+            });
+            (open(&path, WRITABLE).is_ok(), ends.join().unwrap())
+        });
+        if opened {
+            return;
+        }
+        // A machine on which the owner had it for longer proves nothing.
+        assert!(ends > Duration::from_millis(500) && Instant::now() < deadline, "had for {ends:?}");
+    }
+}
+
 /// QEMU's own tools keep off, and are kept off, byte for byte.
 #[test]
 fn locks_are_qemus() {

@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::{OpenError, syscall};
 
@@ -20,17 +21,42 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// Locks the file: a reader bears no writer, a writer neither writers nor (by their own choice) readers.
+/// How long a lock of somebody else is waited for. Who was killed, or has closed the file, may have it for a moment more: the
+/// kernel's own threads let go of what an io_uring worked on only after its request was answered and its process is gone.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Locks the file: a reader bears no writer, a writer neither writers nor (by their own choice) readers. Blocks for a second
+/// at most.
 pub(super) fn lock(file: BorrowedFd<'_>, path: &Path, read_only: bool) -> Result<(), OpenError> {
-    let taken =
-        try_lock(file, read_only).map_err(|error| OpenError::NoLock { path: path.to_owned(), error })?;
-    taken.map_or(Ok(()), |what| Err(OpenError::Locked { path: path.to_owned(), what }))
+    let no_lock = |error| OpenError::NoLock { path: path.to_owned(), error };
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(what) = try_lock(file, read_only).map_err(no_lock)? {
+        if Instant::now() >= deadline {
+            return Err(OpenError::Locked { path: path.to_owned(), what });
+        }
+        // Nobody is kept off by who has nothing.
+        unlock(file, read_only).map_err(no_lock)?;
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+/// What it does, and what it does not bear.
+fn permissions(read_only: bool) -> (&'static [i64], [i64; 2]) {
+    let does: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
+    (does, [WRITE, RESIZE])
+}
+
+fn unlock(file: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let (does, bears_not) = permissions(read_only);
+    does.iter().try_for_each(|n| syscall::unlock(file, DOES + n))?;
+    bears_not.iter().try_for_each(|n| syscall::unlock(file, BEARS_NOT + n))
 }
 
 /// What of it is taken, if it is.
 fn try_lock(file: BorrowedFd<'_>, read_only: bool) -> io::Result<Option<&'static str>> {
-    let does: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
-    let bears_not = [WRITE, RESIZE];
+    let (does, bears_not) = permissions(read_only);
     for n in does {
         syscall::lock(file, DOES + n)?;
     }

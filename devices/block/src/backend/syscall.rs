@@ -77,6 +77,15 @@ pub(super) fn lock(file: BorrowedFd<'_>, at: i64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Gives up what the open file description has locked of the byte at `at`.
+pub(super) fn unlock(file: BorrowedFd<'_>, at: i64) -> io::Result<()> {
+    let mut lock = range(at);
+    lock.l_type = libc::F_UNLCK as libc::c_short;
+    // SAFETY: `lock` is a `flock`, which is what F_OFD_SETLK reads.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Whether another open file description has a lock, shared or not, on the byte at `at`.
 pub(super) fn is_locked(file: BorrowedFd<'_>, at: i64) -> io::Result<bool> {
     let mut lock = range(at);

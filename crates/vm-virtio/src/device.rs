@@ -2,7 +2,7 @@
 //!
 //! The two never share a lock: a worker lives on the thread of its lane; the device is entered by the control side
 //! only. They meet when every queue is stopped ([`VirtioDevice::reset`]), and talk through mailboxes otherwise.
-use crate::controls::Controls;
+use crate::controls::{ControlRequest, Controls};
 use crate::delegated::{Change, QueueParts, Waiting};
 use crate::host_request::{HostError, HostReply, HostRequest, HostRequests, ObjectId};
 use crate::shared_memory::ShmRegion;
@@ -222,9 +222,17 @@ pub trait VirtioDevice: Send + 'static {
     }
 
     /// The host wants something beyond virtio. Must not block: what a worker has to do goes through its mailbox. May
-    /// come at any time after [`VirtioDevice::workers`], whether or not a driver is there; control requests fit
-    /// [`VirtioDevice::controls`].
+    /// come at any time after [`VirtioDevice::workers`], whether or not a driver is there. Whoever has
+    /// [`VirtioDevice::host_requests`] carries them out here, and passes control requests on.
     fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
+        match request {
+            HostRequest::Control(request) => self.control(request),
+            _ => Err(HostError::Unsupported),
+        }
+    }
+
+    /// A control request, which fits [`VirtioDevice::controls`]. As [`VirtioDevice::host_request`].
+    fn control(&mut self, request: ControlRequest) -> Result<HostReply, HostError> {
         let _ = request;
         Err(HostError::Unsupported)
     }

@@ -31,11 +31,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use reactor::{BlockingPool, Mail};
-use vm_virtio::controls::Controls;
+use vm_virtio::controls::{ControlRequest, Controls};
 use vm_virtio::limit::RateLimit;
 use vm_virtio::{
     ConfigSpace, ConfigWriter, DeviceError, DeviceState, DeviceType, Features, HostError, HostReply,
-    HostRequest, QueueSpec, StateError, VirtioDevice,
+    QueueSpec, StateError, VirtioDevice,
 };
 
 use config::Told;
@@ -294,11 +294,8 @@ impl VirtioDevice for Block {
         controls::list()
     }
 
-    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
-        match request {
-            HostRequest::Control(request) => self.controls.carry_out(request),
-            _ => Err(HostError::Unsupported),
-        }
+    fn control(&mut self, request: ControlRequest) -> Result<HostReply, HostError> {
+        self.controls.carry_out(request)
     }
 
     fn workers(&mut self, mail: &[Mail<Order>]) -> Result<Vec<BlockWorker>, DeviceError> {

@@ -26,10 +26,10 @@ mod worker;
 use std::sync::Arc;
 
 use reactor::Mail;
-use vm_virtio::controls::Controls;
+use vm_virtio::controls::{ControlRequest, Controls};
 use vm_virtio::{
     ConfigSpace, ConfigWriter, DeviceError, DeviceState, DeviceType, Features, HostError, HostReply,
-    HostRequest, QueueSpec, StateError, VirtioDevice,
+    QueueSpec, StateError, VirtioDevice,
 };
 
 pub use backend::OpenError;
@@ -185,11 +185,8 @@ impl VirtioDevice for Console {
         controls::list(self.max_ports)
     }
 
-    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
-        match request {
-            HostRequest::Control(request) => self.operator.carry_out(request),
-            _ => Err(HostError::Unsupported),
-        }
+    fn control(&mut self, request: ControlRequest) -> Result<HostReply, HostError> {
+        self.operator.carry_out(request)
     }
 
     fn workers(&mut self, mail: &[Mail<Order>]) -> Result<Vec<ConsoleWorker>, DeviceError> {

@@ -19,10 +19,9 @@ mod worker;
 use std::io;
 
 use reactor::Mail;
-use vm_virtio::controls::Controls;
+use vm_virtio::controls::{ControlRequest, Controls};
 use vm_virtio::{
-    DeviceError, DeviceState, DeviceType, Features, HostError, HostReply, HostRequest, QueueSpec, StateError,
-    VirtioDevice,
+    DeviceError, DeviceState, DeviceType, Features, HostError, HostReply, QueueSpec, StateError, VirtioDevice,
 };
 
 pub use backend::{Entropy, OpenError};
@@ -69,11 +68,8 @@ impl VirtioDevice for Rng {
         controls::list()
     }
 
-    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, HostError> {
-        match request {
-            HostRequest::Control(request) => self.controls.carry_out(request),
-            _ => Err(HostError::Unsupported),
-        }
+    fn control(&mut self, request: ControlRequest) -> Result<HostReply, HostError> {
+        self.controls.carry_out(request)
     }
 
     fn workers(&mut self, mail: &[Mail<SetLimit>]) -> Result<Vec<RngWorker>, DeviceError> {

@@ -3,22 +3,15 @@
 //! elements of chains that are out; the image is asked for nothing that it has not; a read-only disk never changes, and no disk
 //! grows.
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_block::backend::{Image, MemoryImage};
-use virtio_block::{Block, BlockWorker, Options};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
+use virtio_block::{Block, Options};
 use vm_virtio::device::ConfigWriter;
-use vm_virtio::{
-    Engine, EngineOptions, Features, GuestRam, HostEvent, HostEvents, Kick, LaneRunner, QueueConfig,
-    QueueStart, Status, Ticket, WaitFor,
-};
+use vm_virtio::{Features, Status};
 
 use crate::bytes::Bytes;
+use crate::stepped::{SIZE, Stepped};
 
-/// Turns that an order may take.
-const TURNS: usize = 1000;
-const SIZE: u16 = 16;
 const DESC: u64 = 0x1000;
 const DRIVER: u64 = 0x1400;
 const DEVICE: u64 = 0x1800;
@@ -27,82 +20,25 @@ const DATA: u64 = 0x2000;
 const MEMORY: u64 = 0x8000;
 const DISK: usize = 8192;
 
-struct Deaf;
-
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
-
 struct Guest {
-    engine: Engine<Block>,
-    lane: LaneRunner<BlockWorker>,
-    memory: GuestMemoryMmap,
+    device: Stepped<Block>,
     next: u16,
     seen: u16,
 }
 
 impl Guest {
-    fn turn(&mut self) {
-        self.lane.turn(Some(Duration::ZERO));
-    }
-
-    fn done<T>(&mut self, mut ticket: Ticket<T>) -> T {
-        for _ in 0..TURNS {
-            if let Some(value) = ticket.try_take() {
-                return value;
-            }
-            self.turn();
-        }
-        panic!("an order without an end");
-    }
-
     fn start(&mut self, without: Features) {
-        let ticket = self.engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.done(ticket);
-        let rings = Features::RING_PACKED | Features::EVENT_IDX | Features::IN_ORDER;
-        let features = self.engine.offered() - (rings | without);
-        self.engine.set_driver_features(features).expect("what was offered");
-        let ticket = self.engine.set_status(self.engine.status() | Status::FEATURES_OK);
-        self.done(ticket);
-        let ticket = self.engine.memory(GuestRam::new(&self.memory), WaitFor::NewRequests);
-        self.done(ticket);
-        self.write(DRIVER, &[0; 0x400]);
-        self.write(DEVICE, &[0; 0x400]);
+        self.device.negotiate(without);
+        self.device.write(DRIVER, &[0; 0x400]);
+        self.device.write(DEVICE, &[0; 0x400]);
         (self.next, self.seen) = (0, 0);
-        let config = QueueConfig {
-            size: SIZE,
-            desc: GuestAddress(DESC),
-            driver: GuestAddress(DRIVER),
-            device: GuestAddress(DEVICE),
-        };
-        let start = QueueStart { config, state: None, inflight: None, kick: Kick::Manual, call: None };
-        let ticket = self.engine.start(0, start);
-        self.done(ticket).expect("a queue");
-        let ticket = self.engine.enable(0, true);
-        self.done(ticket);
-        let ticket = self.engine.set_status(self.engine.status() | Status::DRIVER_OK);
-        self.done(ticket);
+        self.device.start(0, [DESC, DRIVER, DEVICE]);
+        self.device.ready();
     }
 
-    fn reset(&mut self) {
-        let ticket = self.engine.set_status(Status::empty());
-        self.done(ticket);
-        assert_eq!(self.engine.status(), Status::empty());
-    }
-
-    fn write(&self, at: u64, data: &[u8]) {
-        self.memory.write_slice(data, GuestAddress(at)).expect("memory");
-    }
-
-    fn read(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut data = vec![0; len];
-        self.memory.read_slice(&mut data, GuestAddress(at)).expect("memory");
-        data
-    }
-
-    fn number(&self, at: u64) -> u16 {
-        let bytes = self.read(at, 2);
-        u16::from_le_bytes([bytes[0], bytes[1]])
+    fn restart(&mut self, without: Features) {
+        self.device.reset();
+        self.start(without);
     }
 }
 
@@ -132,12 +68,12 @@ fn chain(bytes: &mut Bytes<'_>, guest: &Guest) -> Vec<Element> {
     // The header lies where the first elements are, mostly sensible.
     let kind = bytes.of([0u32, 1, 4, 8, 11, 13, 14, 0xffff_ffff]);
     let sector = if bytes.bool() { u64::from(bytes.u8()) % 20 } else { bytes.u64() };
-    guest.write(DATA, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+    guest.device.write(DATA, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
     for range in 0..bytes.below(4) as u64 {
         let (sector, sectors) = (u64::from(bytes.u8()) % 20, u32::from(bytes.u8()) % 8);
         let flags = u32::from(bytes.u8() & 3);
         let range_bytes = [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat();
-        guest.write(DATA + 16 + 16 * range, &range_bytes);
+        guest.device.write(DATA + 16 + 16 * range, &range_bytes);
     }
     chain
 }
@@ -151,23 +87,19 @@ pub fn block(data: &[u8]) {
     let image = Arc::new(MemoryImage::new(before.clone()));
     let options = Options { read_only, serial: "fuzz".into(), ..Options::new(Options::own_pool()) };
     let Ok(device) = Block::new(Arc::clone(&image) as Arc<dyn Image>, options) else { return };
-    let (engine, mut lanes) = Engine::new(device, EngineOptions::new(Arc::new(Deaf))).expect("an engine");
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).expect("memory");
-    let lane = lanes.pop().expect("a lane");
-    let mut guest = Guest { engine, lane, memory, next: 0, seen: 0 };
+    let mut guest = Guest { device: Stepped::new(device, MEMORY), next: 0, seen: 0 };
     // Any of the device's features may be left out.
     let without = Features::from_bits_retain(u128::from(bytes.u16()));
     guest.start(without);
     while !bytes.is_empty() {
         match bytes.u8() % 16 {
             0 => {
-                guest.reset();
-                guest.start(without);
+                guest.restart(without);
                 continue;
             }
             1 => {
                 let (offset, value) = (u32::from(bytes.u8()) % 60, bytes.u8());
-                let _ = guest.engine.write_config(offset, &[value], ConfigWriter::Driver);
+                let _ = guest.device.engine.write_config(offset, &[value], ConfigWriter::Driver);
                 continue;
             }
             _ => {}
@@ -178,42 +110,41 @@ pub fn block(data: &[u8]) {
             let flags = u16::from(!last) | u16::from(*writable) << 1;
             let desc =
                 [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &(n + 1).to_le_bytes()];
-            guest.write(DESC + 16 * u64::from(n), &desc.concat());
+            guest.device.write(DESC + 16 * u64::from(n), &desc.concat());
         }
-        guest.write(DRIVER + 4 + 2 * u64::from(guest.next % SIZE), &[0, 0]);
+        guest.device.write(DRIVER + 4 + 2 * u64::from(guest.next % SIZE), &[0, 0]);
         guest.next = guest.next.wrapping_add(1);
-        guest.write(DRIVER + 2, &guest.next.to_le_bytes());
-        let shadow = guest.read(0, MEMORY as usize);
-        guest.engine.kick(0);
-        guest.turn();
-        guest.turn();
-        if guest.engine.status().contains(Status::DEVICE_NEEDS_RESET) {
+        guest.device.write(DRIVER + 2, &guest.next.to_le_bytes());
+        let shadow = guest.device.read(0, MEMORY as usize);
+        guest.device.engine.kick(0);
+        guest.device.turn();
+        guest.device.turn();
+        if guest.device.engine.status().contains(Status::DEVICE_NEEDS_RESET) {
             // A ring that names no memory, or no bytes: its own rules are the other targets' business.
-            guest.reset();
-            guest.start(without);
+            guest.restart(without);
             continue;
         }
         check(&mut guest, &chain, &shadow);
-        let failed = guest.engine.stats(0).map_or(0, |stats| stats.requests.failed);
+        let failed = guest.device.engine.stats(0).map_or(0, |stats| stats.requests.failed);
         assert_eq!(failed, 0, "the image was asked for what it has not");
         let now = image.bytes();
         assert_eq!(now.len(), DISK);
         assert!(!read_only || now == before, "a read-only disk was written to");
     }
-    guest.reset();
+    guest.device.reset();
 }
 
 /// The chain is back, and nothing was written that was not the device's to write.
 fn check(guest: &mut Guest, chain: &[Element], shadow: &[u8]) {
-    let used = guest.number(DEVICE + 2);
+    let used = guest.device.number(DEVICE + 2);
     assert_eq!(used, guest.seen.wrapping_add(1), "each request is answered at once");
-    let entry = guest.read(DEVICE + 4 + 8 * u64::from(guest.seen % SIZE), 8);
+    let entry = guest.device.read(DEVICE + 4 + 8 * u64::from(guest.seen % SIZE), 8);
     guest.seen = used;
     let len = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
     let room: u64 =
         chain.iter().filter(|(_, _, writable)| *writable).map(|(_, len, _)| u64::from(*len)).sum();
     assert!(u64::from(len) <= room, "more than there was room for");
-    let now = guest.read(0, MEMORY as usize);
+    let now = guest.device.read(0, MEMORY as usize);
     let last = chain.iter().rfind(|(_, len, writable)| *writable && *len > 0);
     if let Some((addr, len, _)) = last {
         let status = now[(addr + u64::from(*len) - 1) as usize];

@@ -6,7 +6,9 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,7 +25,7 @@ use crate::bytes::Bytes;
 use crate::wire::{message, send};
 
 /// A daemon that has not answered by then hangs. It may finish a stop that has a deadline of five seconds.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
 struct Arguments {
@@ -41,6 +43,7 @@ fn daemon() -> &'static Sockets {
     DAEMON.get_or_init(|| {
         let folder = std::env::temp_dir().join(format!("backplane-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
+        remove_at_the_end(&folder);
         let sockets = Sockets { device: folder.join("device"), control: folder.join("control") };
         let arguments = Arguments::parse_from([
             "fuzz".as_ref(),
@@ -62,6 +65,17 @@ fn daemon() -> &'static Sockets {
         connect(&sockets.control);
         sockets
     })
+}
+
+/// Whatever ends this process - an input that aborts it for one - closes the pipe, and the shell at its other end removes the
+/// folder.
+fn remove_at_the_end(folder: &Path) {
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", r#"read word; rm -rf "$0""#]).arg(folder);
+    shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    // Never dropped.
+    static SHELL: OnceLock<Child> = OnceLock::new();
+    SHELL.get_or_init(|| shell.spawn().expect("a shell"));
 }
 
 fn connect(path: &PathBuf) -> UnixStream {

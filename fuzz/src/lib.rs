@@ -13,6 +13,7 @@ mod pci;
 mod proxy;
 mod qcow2;
 mod ring;
+mod stepped;
 mod transport;
 mod vsock;
 mod wire;

@@ -19,7 +19,7 @@ use vm_virtio::{
 use crate::bytes::Bytes;
 
 /// Whatever takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// What one exchange with the back-end may take.
 const EXCHANGE: Duration = Duration::from_millis(20);
 /// Things that a driver does.

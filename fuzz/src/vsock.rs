@@ -2,21 +2,13 @@
 //! is none. Checked: no panic and no endless turn; whatever is sent comes back with length 0; what is received is a whole
 //! packet of a known operation to that guest, no longer than its buffer.
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
 
-use virtio_vsock::{Exchange, HostSide, Settings, Vsock, VsockWorker};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
-use vm_virtio::{
-    Engine, EngineOptions, Features, GuestRam, HostEvent, HostEvents, Kick, LaneRunner, QueueConfig,
-    QueueStart, Status, Ticket, WaitFor,
-};
+use virtio_vsock::{Exchange, HostSide, Settings, Vsock};
+use vm_virtio::Features;
 
 use crate::bytes::Bytes;
+use crate::stepped::{SIZE, Stepped};
 
-/// Turns that an order may take.
-const TURNS: usize = 1000;
-const SIZE: u16 = 16;
 /// Bytes of a ring's parts, and of all of a queue's buffers.
 const QUEUE: u64 = 0x8000;
 const DRIVER: u64 = 0x400;
@@ -26,17 +18,9 @@ const HEADER: usize = 44;
 /// What a guest sends at most, and receives at most, in one buffer.
 const BUFFER: u64 = 1024;
 
-struct Deaf;
-
-impl HostEvents for Deaf {
-    fn event(&self, _: HostEvent) {}
-}
-
 struct Guest {
     cid: u64,
-    engine: Engine<Vsock>,
-    lane: LaneRunner<VsockWorker>,
-    memory: GuestMemoryMmap,
+    device: Stepped<Vsock>,
     /// For each queue: what was made available, and what was seen used.
     next: [u16; 2],
     seen: [u16; 2],
@@ -49,75 +33,21 @@ struct Guest {
 impl Guest {
     fn new(cid: u64, exchange: &Exchange) -> Guest {
         let device = Vsock::new(Settings::new(cid, HostSide::Nobody), exchange).expect("a device");
-        let (engine, mut lanes) = Engine::new(device, EngineOptions::new(Arc::new(Deaf))).expect("an engine");
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 3 * QUEUE as usize)]).expect("memory");
-        let lane = lanes.pop().expect("a lane");
+        let device = Stepped::new(device, 3 * QUEUE);
         let (next, seen, sizes) = ([0; 2], [0; 2], [0; SIZE as usize]);
-        Guest { cid, engine, lane, memory, next, seen, sizes, received: HashMap::new() }
-    }
-
-    fn turn(&mut self) {
-        self.lane.turn(Some(Duration::ZERO));
-    }
-
-    fn done<T>(&mut self, mut ticket: Ticket<T>) -> T {
-        for _ in 0..TURNS {
-            if let Some(value) = ticket.try_take() {
-                return value;
-            }
-            self.turn();
-        }
-        panic!("an order without an end");
+        Guest { cid, device, next, seen, sizes, received: HashMap::new() }
     }
 
     fn start(&mut self, without: Features) {
-        let ticket = self.engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.done(ticket);
-        let rings = Features::RING_PACKED | Features::EVENT_IDX | Features::IN_ORDER;
-        self.engine.set_driver_features(self.engine.offered() - (rings | without)).expect("offered");
-        let ticket = self.engine.set_status(self.engine.status() | Status::FEATURES_OK);
-        self.done(ticket);
-        let ticket = self.engine.memory(GuestRam::new(&self.memory), WaitFor::NewRequests);
-        self.done(ticket);
-        self.write(0, &vec![0; 3 * QUEUE as usize]);
+        self.device.negotiate(without);
+        self.device.write(0, &vec![0; 3 * QUEUE as usize]);
         (self.next, self.seen) = ([0; 2], [0; 2]);
         self.received.clear();
         for queue in 0..2u16 {
             let base = u64::from(queue) * QUEUE;
-            let config = QueueConfig {
-                size: SIZE,
-                desc: GuestAddress(base),
-                driver: GuestAddress(base + DRIVER),
-                device: GuestAddress(base + DEVICE),
-            };
-            let start = QueueStart { config, state: None, inflight: None, kick: Kick::Manual, call: None };
-            let ticket = self.engine.start(queue, start);
-            self.done(ticket).expect("a queue");
-            let ticket = self.engine.enable(queue, true);
-            self.done(ticket);
+            self.device.start(queue, [base, base + DRIVER, base + DEVICE]);
         }
-        let ticket = self.engine.set_status(self.engine.status() | Status::DRIVER_OK);
-        self.done(ticket);
-    }
-
-    fn reset(&mut self) {
-        let ticket = self.engine.set_status(Status::empty());
-        self.done(ticket);
-    }
-
-    fn write(&self, at: u64, data: &[u8]) {
-        self.memory.write_slice(data, GuestAddress(at)).expect("memory");
-    }
-
-    fn read(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut data = vec![0; len];
-        self.memory.read_slice(&mut data, GuestAddress(at)).expect("memory");
-        data
-    }
-
-    fn number(&self, at: u64) -> u16 {
-        let bytes = self.read(at, 2);
-        u16::from_le_bytes([bytes[0], bytes[1]])
+        self.device.ready();
     }
 
     /// Makes a buffer of one element available; false: the ring is full.
@@ -128,17 +58,17 @@ impl Guest {
         let slot = self.next[queue] % SIZE;
         let base = queue as u64 * QUEUE;
         let addr = base + DATA + u64::from(slot) * BUFFER;
-        self.write(addr, data);
+        self.device.write(addr, data);
         let flags = if writable { 2u16 } else { 0 };
         let desc = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &[0; 2]].concat();
-        self.write(base + u64::from(slot) * 16, &desc);
-        self.write(base + DRIVER + 4 + 2 * u64::from(slot), &slot.to_le_bytes());
+        self.device.write(base + u64::from(slot) * 16, &desc);
+        self.device.write(base + DRIVER + 4 + 2 * u64::from(slot), &slot.to_le_bytes());
         self.next[queue] = self.next[queue].wrapping_add(1);
-        self.write(base + DRIVER + 2, &self.next[queue].to_le_bytes());
+        self.device.write(base + DRIVER + 2, &self.next[queue].to_le_bytes());
         if writable {
             self.sizes[usize::from(slot)] = len;
         }
-        self.engine.kick(queue as u16);
+        self.device.engine.kick(queue as u16);
         true
     }
 
@@ -146,9 +76,9 @@ impl Guest {
     fn look(&mut self) {
         for queue in 0..2 {
             let base = queue as u64 * QUEUE;
-            let used = self.number(base + DEVICE + 2);
+            let used = self.device.number(base + DEVICE + 2);
             while self.seen[queue] != used {
-                let entry = self.read(base + DEVICE + 4 + 8 * u64::from(self.seen[queue] % SIZE), 8);
+                let entry = self.device.read(base + DEVICE + 4 + 8 * u64::from(self.seen[queue] % SIZE), 8);
                 let id = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
                 let len = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
                 self.seen[queue] = self.seen[queue].wrapping_add(1);
@@ -164,7 +94,7 @@ impl Guest {
 
     fn check(&mut self, id: u32, len: u32) {
         assert!(len <= self.sizes[id as usize], "within the buffer");
-        let bytes = self.read(DATA + u64::from(id) * BUFFER, len as usize);
+        let bytes = self.device.read(DATA + u64::from(id) * BUFFER, len as usize);
         assert!(bytes.len() >= HEADER, "a whole header");
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         assert_eq!(word(24) as usize, bytes.len() - HEADER, "as much payload as is said");
@@ -238,13 +168,13 @@ pub fn vsock(data: &[u8]) {
                 guest.offer(0, &[], len.max(1), true);
             }
             _ if bytes.u8() == 0 => {
-                guest.reset();
+                guest.device.reset();
                 guest.start(without);
             }
             _ => {}
         }
         for _ in 0..2 {
-            guests.iter_mut().for_each(Guest::turn);
+            guests.iter_mut().for_each(|guest| guest.device.turn());
         }
         guests.iter_mut().for_each(Guest::look);
     }

@@ -3,12 +3,11 @@ mod support;
 
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
 
 use support::echo::{PAGE, ask};
 use support::{Echo, TestDaemon};
 use virtio_testkit::conformance::{
-    Line, MemoryBench, Place, Request, SocketBench, SocketOptions, Subject, check,
+    Line, MemoryBench, PATIENCE, Place, Request, SocketBench, SocketOptions, Subject, check,
 };
 use vm_virtio::ShmRegion;
 
@@ -35,9 +34,9 @@ fn conformance_over_vhost_user() {
             .savable()
             .shared_memory(&regions, Arc::new(File::open("/dev/zero").unwrap()))
     });
-    let patience = Duration::from_secs(5);
-    let mut host = SocketBench::new(SocketOptions::new(daemon.socket(0)));
-    let report = check(&mut host, Some(&ECHO), patience);
+    let mut options = SocketOptions::new(daemon.socket(0));
+    options.patience = PATIENCE;
+    let report = check(&mut SocketBench::new(options), Some(&ECHO), PATIENCE);
     report.assert_passed();
     let pauses = ["suspend-rests", "suspend-early", "suspend-reset", "queue-reset", "queue-reset-alone"];
     assert_eq!(report.not_applicable(), pauses);
@@ -47,7 +46,7 @@ fn conformance_over_vhost_user() {
 #[test]
 fn conformance_in_memory() {
     let mut host = MemoryBench::new(|| Echo::new(8).queues(3, 2));
-    let report = check(&mut host, Some(&ECHO), Duration::from_secs(5));
+    let report = check(&mut host, Some(&ECHO), PATIENCE);
     report.assert_passed();
     let wire = Line::all().into_iter().filter(|line| line.place == Place::Wire);
     let mut left_out: Vec<_> = wire.map(|line| line.id).chain(["entry-before-index"]).collect();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use reference::{ECHO, Reference};
-use virtio_testkit::conformance::{Line, Outcome, SocketBench, SocketOptions, check};
+use virtio_testkit::conformance::{Line, Outcome, PATIENCE, SocketBench, SocketOptions, check};
 
 fn bench(backend: &Reference, patience: Duration) -> SocketBench {
     let mut options = SocketOptions::new(backend.socket());
@@ -18,7 +18,7 @@ fn bench(backend: &Reference, patience: Duration) -> SocketBench {
 #[test]
 fn the_right_back_end_passes_every_line() {
     let backend = Reference::start("");
-    let patience = Duration::from_secs(10);
+    let patience = PATIENCE;
     let report = check(&mut bench(&backend, patience), Some(&ECHO), patience);
     report.assert_passed();
     assert_eq!(report.not_applicable(), [""; 0]);

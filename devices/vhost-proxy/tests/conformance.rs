@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use support::{Backend, Guest, Setup, counted, echo_options, entropy_options, readable};
 use vhost_proxy::{Proxy, ProxyOptions};
-use virtio_testkit::conformance::{Checked, Host, Line, Place, Request, Subject, Trouble, check};
+use virtio_testkit::conformance::{Checked, Host, Line, PATIENCE, Place, Request, Subject, Trouble, check};
 use virtio_testkit::{RingDriver, RingLayout, TestRam, hostile};
 use vm_virtio::{Features, HostEvent, QueueState, RingPos, Status, Stop, WaitFor};
 
@@ -228,7 +228,7 @@ const ELSEWHERE: [&str; 6] = [
 fn through_the_proxy(backend: &Backend, options: ProxyOptions, subject: &Subject, more: &[&str]) {
     let (stopped, socket) = (Vec::new(), backend.socket());
     let mut host = ProxyBench { socket, options, now: None, stopped, faults: 0, changes: 0 };
-    let report = check(&mut host, Some(subject), Duration::from_secs(5));
+    let report = check(&mut host, Some(subject), PATIENCE);
     report.assert_passed();
     let wire = Line::all().into_iter().filter(|line| line.place == Place::Wire).map(|line| line.id);
     let mut left_out: Vec<_> = wire.chain(ELSEWHERE).chain(more.iter().copied()).collect();

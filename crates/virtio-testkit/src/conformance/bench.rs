@@ -190,11 +190,16 @@ impl<'h> Bench<'h> {
         }
         let before = self.host.interrupts(queue);
         self.ask(queue)?;
+        self.interrupt_after(queue, before, "a buffer was used and no interrupt came")
+    }
+
+    /// Waits for an interrupt that was not counted `before`; it may come some time behind what it is for.
+    pub(super) fn interrupt_after(&mut self, queue: usize, before: u64, otherwise: &str) -> Checked {
         let deadline = Instant::now() + self.patience;
         while self.host.interrupts(queue) == before {
             let left = deadline.saturating_duration_since(Instant::now());
             if !self.host.wait(queue, left)? && self.host.interrupts(queue) == before {
-                return broken("a buffer was used and no interrupt came");
+                return broken(otherwise);
             }
         }
         Ok(())

@@ -261,6 +261,9 @@ impl Line {
     }
 }
 
+/// How long tests wait for what has to come; long, because test machines are slow.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Runs every line.
 pub fn check(host: &mut dyn Host, subject: Option<&Subject>, patience: Duration) -> Report {
     let mut rows = Vec::new();
@@ -280,7 +283,7 @@ pub fn check_registers(
     subject: &Subject,
     not_here: &[(&str, &str)],
 ) {
-    let report = check(&mut RegisterBench::new(machine), Some(subject), Duration::from_secs(5));
+    let report = check(&mut RegisterBench::new(machine), Some(subject), PATIENCE);
     report.assert_passed();
     let outcome = |id: &str| report.rows.iter().find(|row| row.line.id == id).map(|row| &row.outcome);
     for (line, why) in not_here {
@@ -313,8 +316,8 @@ macro_rules! conformance {
         #[test]
         fn conformance_in_memory() {
             let mut host = $crate::conformance::MemoryBench::new($device);
-            let patience = ::std::time::Duration::from_secs(5);
-            $crate::conformance::check(&mut host, Some(&$subject), patience).assert_passed();
+            $crate::conformance::check(&mut host, Some(&$subject), $crate::conformance::PATIENCE)
+                .assert_passed();
         }
 
         #[test]
@@ -348,10 +351,11 @@ macro_rules! conformance {
             #[test]
             fn conformance_over_vhost_user() {
                 let (_daemon, socket) = ($daemon)();
-                let options = $crate::conformance::SocketOptions::new(socket);
+                let mut options = $crate::conformance::SocketOptions::new(socket);
+                options.patience = $crate::conformance::PATIENCE;
                 let mut host = $crate::conformance::SocketBench::new(options);
-                let patience = ::std::time::Duration::from_secs(5);
-                $crate::conformance::check(&mut host, Some(&$subject), patience).assert_passed();
+                $crate::conformance::check(&mut host, Some(&$subject), $crate::conformance::PATIENCE)
+                    .assert_passed();
             }
         )?
     };

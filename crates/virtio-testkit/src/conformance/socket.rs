@@ -20,8 +20,6 @@ use crate::{RamRegion, RingDriver, RingLayout, TestRam, connect, hostile};
 
 /// Rings that are tried, whatever the back-end says it has.
 const MOST_RINGS: u64 = 4;
-/// How long to wait for the back-end to listen again.
-const LISTENING: Duration = Duration::from_secs(2);
 
 /// What an ordinary driver takes.
 const USUAL: ProtocolFeatures = ProtocolFeatures::MQ
@@ -37,7 +35,7 @@ const USUAL: ProtocolFeatures = ProtocolFeatures::MQ
 pub struct SocketOptions {
     /// The socket that it listens on.
     pub path: PathBuf,
-    /// For an answer to a message.
+    /// For an answer to a message, and to listen again.
     pub patience: Duration,
     /// How long to look whether something happens that should not.
     pub quiet: Duration,
@@ -292,7 +290,7 @@ impl SocketBench {
         if let Some(old) = self.now.take() {
             let _ = old.endpoint.stream().shutdown(std::net::Shutdown::Both);
         }
-        let mut endpoint = match connect(&self.options.path, LISTENING) {
+        let mut endpoint = match connect(&self.options.path, self.options.patience) {
             Ok(endpoint) => endpoint,
             Err(error) => return broken(format!("no connection to the back-end: {error}")),
         };

@@ -1,5 +1,6 @@
 //! Devices behind an IOMMU over vhost-user: addresses are translated by the front-end (section "IOMMU support").
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use vhost_user::IotlbChange;
 use vm_virtio::Features;
@@ -29,17 +30,22 @@ fn unserved(bench: &mut Bench<'_>, queue: usize) -> Checked<Asked> {
     bench.host.wire()?.now()?.translates = false;
     bench.host.ring(queue).publish();
     bench.host.kick(queue)?;
-    bench.host.rest()?;
-    let now = bench.host.wire()?.now()?;
-    now.answer_misses()?;
-    let missed = now.missed.len();
-    if bench.host.ring(queue).glance().is_some() {
-        return broken("a buffer was used whose translation is not known");
+    let deadline = Instant::now() + bench.patience;
+    loop {
+        bench.host.rest()?;
+        let now = bench.host.wire()?.now()?;
+        now.answer_misses()?;
+        let missed = now.missed.len();
+        if bench.host.ring(queue).glance().is_some() {
+            return broken("a buffer was used whose translation is not known");
+        }
+        if missed > 0 {
+            return Ok(asked);
+        }
+        if Instant::now() >= deadline {
+            return broken("no translation was asked for");
+        }
     }
-    if missed == 0 {
-        return broken("no translation was asked for");
-    }
-    Ok(asked)
 }
 
 /// The front-end translates again.

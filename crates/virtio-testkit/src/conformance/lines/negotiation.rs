@@ -1,4 +1,6 @@
 //! Feature bits and configuration space (2.2, 2.5, 3.1, 6).
+use std::time::Instant;
+
 use vm_virtio::Features;
 
 use super::line;
@@ -156,8 +158,11 @@ fn config_change(bench: &mut Bench<'_>) -> Checked {
     bench.host.config_changes()?;
     for n in 0..2 {
         bench.exchange(queue, configure(n))?;
-        if bench.host.config_changes()? == 0 {
-            return broken("no notification came");
+        let deadline = Instant::now() + bench.patience;
+        while bench.host.config_changes()? == 0 {
+            if Instant::now() >= deadline {
+                return broken("no notification came");
+            }
         }
     }
     match whole(bench)? == before {

@@ -284,11 +284,10 @@ fn notified(bench: &mut Bench<'_>) -> Checked {
 fn not_notified(bench: &mut Bench<'_>) -> Checked {
     bench.begin()?;
     let queue = bench.queue()?;
-    bench.ask(queue)?;
+    // No interrupt is on its way any more.
+    bench.ask_notified(queue)?;
     bench.host.rest()?;
     bench.host.ring(queue).try_set_interrupts(Interrupts::Never)?;
-    // An interrupt that was on its way.
-    bench.host.rest()?;
     let before = bench.host.interrupts(queue);
     let asked = bench.submit(queue, Cut::Whole, Shape::Direct)?;
     let used = poll_used(bench, queue)?;
@@ -314,11 +313,12 @@ fn poll_used(bench: &mut Bench<'_>, queue: usize) -> Checked<crate::Used> {
     }
 }
 
-/// Asks for an interrupt after three, makes `count` requests, and says how many interrupts came.
+/// Asks for an interrupt after three, makes `count` requests, and says how many interrupts came before those.
 fn event_after_three(bench: &mut Bench<'_>, count: usize) -> Checked<u64> {
     bench.begin()?;
     let queue = bench.queue()?;
-    bench.ask(queue)?;
+    // No interrupt is on its way any more.
+    bench.ask_notified(queue)?;
     let slots = match bench.setup.layout {
         RingLayout::Split => 3,
         // Slots of the ring: requests are indirect, one slot each, or as many as they have elements.
@@ -331,7 +331,6 @@ fn event_after_three(bench: &mut Bench<'_>, count: usize) -> Checked<u64> {
     let shape = if bench.has(INDIRECT) { Shape::Indirect } else { Shape::Direct };
     bench.host.rest()?;
     bench.host.ring(queue).try_set_interrupts(Interrupts::After(slots))?;
-    bench.host.rest()?;
     let before = bench.host.interrupts(queue);
     for _ in 0..count {
         // One after the other: it is the device that decides for each.
@@ -339,19 +338,18 @@ fn event_after_three(bench: &mut Bench<'_>, count: usize) -> Checked<u64> {
         let used = poll_used(bench, queue)?;
         bench.check(&asked, used)?;
     }
-    bench.host.rest()?;
-    Ok(bench.host.interrupts(queue) - before)
+    Ok(before)
 }
 
 fn at_event(bench: &mut Bench<'_>) -> Checked {
-    match event_after_three(bench, 3)? {
-        0 => broken("the event was reached and no interrupt came"),
-        _ => Ok(()),
-    }
+    let before = event_after_three(bench, 3)?;
+    bench.interrupt_after(bench.queue()?, before, "the event was reached and no interrupt came")
 }
 
 fn before_event(bench: &mut Bench<'_>) -> Checked {
-    match event_after_three(bench, 2)? {
+    let before = event_after_three(bench, 2)?;
+    bench.host.rest()?;
+    match bench.host.interrupts(bench.queue()?) - before {
         0 => Ok(()),
         count => broken(format!("{count} interrupts came before the event was reached")),
     }
@@ -393,7 +391,7 @@ fn spurious_kicks(bench: &mut Bench<'_>) -> Checked {
         for every in 0..bench.host.queues() {
             bench.quiet(every, "after a kick without a buffer")?;
         }
-        bench.ask(queue)?;
+        bench.ask_notified(queue)?;
     }
     Ok(())
 }

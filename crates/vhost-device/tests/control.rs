@@ -463,9 +463,6 @@ fn nobody_watches_means_no_wake_ups() {
     let rig = Rig::new();
     let mut client = rig.client();
     client.ok(json!({"request": "version"}));
-    std::thread::sleep(NEVER);
-    let switches = || rig.process.status("voluntary_ctxt_switches");
-    let before = switches();
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(switches(), before, "an idle client costs nothing");
+    // An idle client costs nothing.
+    rig.process.rests(Duration::from_millis(500));
 }

@@ -2,6 +2,7 @@
 //!
 //! Daemons say that they are ready on a descriptor (`--ready-fd`). A shell makes one of our pipe: its number is certain
 //! there, no other child of the test inherits it, and nothing has to be done between fork and exec.
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
@@ -12,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// For whatever a daemon should do soon; long, because test machines are slow.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(30);
 /// How often a process is looked at that cannot be waited for.
 const TICK: Duration = Duration::from_millis(2);
 
@@ -251,6 +252,41 @@ impl DaemonProcess {
     pub fn mappings_of(&self, name: &str) -> usize {
         let maps = std::fs::read_to_string(self.proc("maps")).expect("a running process");
         maps.lines().filter(|line| line.contains(name)).count()
+    }
+
+    /// Waits until none of its threads wakes up, begins or ends for so long: a daemon with nothing to do has no wake-ups.
+    /// What was under way when it is asked for may take its time, and one that polls never comes to rest. Threads of the
+    /// kernel's own (`iou-...`) do not count.
+    ///
+    /// # Panics
+    /// If it does not come to rest, or is gone.
+    #[track_caller]
+    pub fn rests(&self, time: Duration) {
+        let deadline = Instant::now() + SOON;
+        let mut before = self.sleeps();
+        loop {
+            std::thread::sleep(time);
+            let now = self.sleeps();
+            if now == before {
+                return;
+            }
+            assert!(Instant::now() < deadline, "it wakes up again and again: {before:?}, then {now:?}");
+            before = now;
+        }
+    }
+
+    /// How often each of its threads has gone to sleep.
+    fn sleeps(&self) -> BTreeMap<String, String> {
+        let threads = std::fs::read_dir(self.proc("task")).expect("a running process");
+        let counted = threads.filter_map(|thread| {
+            let path = thread.ok()?.path();
+            // A thread that ends meanwhile has no status.
+            let status = std::fs::read_to_string(path.join("status")).ok()?;
+            let line = |field: &str| status.lines().find(|line| line.starts_with(field)).map(str::to_owned);
+            let (name, count) = (line("Name:")?, line("voluntary_ctxt_switches:")?);
+            (!name.contains("iou-")).then(|| (path.display().to_string(), count))
+        });
+        counted.collect()
     }
 
     /// A number of its status by the beginning of its line: `VmRSS` in KiB, `Threads`.

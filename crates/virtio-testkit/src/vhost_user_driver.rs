@@ -26,8 +26,9 @@ use vm_virtio::{Features, GuestAddress, QueueState, RingPos, Status};
 use crate::connect::connect;
 use crate::{Interrupts, RingDriver, RingLayout, TestRam, Used, Violation};
 
-/// How long [`VhostUserDriver::connect`] waits for a socket that somebody listens on.
-const LISTENING: Duration = Duration::from_secs(10);
+/// How long [`VhostUserDriver::connect`] waits for a socket that somebody listens on, and then for each answer; long, because
+/// test machines are slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the driver wants from the back-end.
 #[derive(Clone)]
@@ -140,13 +141,19 @@ pub(crate) fn counted(fd: &OwnedFd) -> u64 {
     }
 }
 
+fn patient(path: &Path) -> Result<FrontendEndpoint, Error> {
+    let mut endpoint = connect(path, PATIENCE)?;
+    endpoint.set_timeout(PATIENCE);
+    Ok(endpoint)
+}
+
 impl VhostUserDriver {
     /// Connects, waiting for the socket to be there, negotiates and starts: the device works when this returns.
     pub fn connect(
         path: impl AsRef<Path>,
         options: VhostUserOptions,
     ) -> Result<VhostUserDriver, DriverError> {
-        let mut driver = VhostUserDriver::attach(connect(path.as_ref(), LISTENING)?, options)?;
+        let mut driver = VhostUserDriver::attach(patient(path.as_ref())?, options)?;
         driver.start()?;
         Ok(driver)
     }
@@ -376,7 +383,7 @@ impl VhostUserDriver {
     pub fn reconnect(&mut self, path: impl AsRef<Path>) -> Result<(), DriverError> {
         // The old connection ends first: a back-end serves one front-end at a time.
         let _ = self.endpoint.stream().shutdown(std::net::Shutdown::Both);
-        self.endpoint = connect(path.as_ref(), LISTENING)?;
+        self.endpoint = patient(path.as_ref())?;
         self.backend_requests = None;
         let features = self.features;
         self.negotiate()?;
@@ -424,7 +431,7 @@ impl VhostUserDriver {
     pub fn migrate(&mut self, path: impl AsRef<Path>) -> Result<(), DriverError> {
         self.stop()?;
         let state = self.save_state()?;
-        self.endpoint = connect(path.as_ref(), LISTENING)?;
+        self.endpoint = patient(path.as_ref())?;
         self.backend_requests = None;
         self.negotiate()?;
         self.load_state(&state)?;

@@ -197,23 +197,7 @@ fn nothing_happens_while_nothing_is_asked() {
     let mut driver = connect(&world.socket, RingLayout::Split);
     ask(&mut driver, IN, 0, &[], 512);
     ask(&mut driver, FLUSH, 0, &[], 0);
-    std::thread::sleep(Duration::from_millis(100));
-    let switches = || {
-        let mut all = Vec::new();
-        for task in std::fs::read_dir(format!("/proc/{}/task", world.daemon.id())).unwrap() {
-            let path = task.unwrap().path();
-            let name = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
-            // The kernel's own threads in the process come and go.
-            if !name.starts_with("iou-") {
-                let status = std::fs::read_to_string(path.join("status")).unwrap();
-                all.extend(status.lines().filter(|line| line.starts_with("voluntary")).map(str::to_owned));
-            }
-        }
-        all
-    };
-    let before = switches();
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(switches(), before, "no thread woke up");
+    world.daemon.rests(Duration::from_millis(300));
 }
 
 /// From the operator's command to what QEMU and the guest are told.

@@ -1,34 +1,13 @@
 //! A thousand entropy devices in one process: what they cost while they are idle, and that each of them works.
 mod support;
 
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use support::{SOON, start};
 use virtio_testkit::daemon::TempDir;
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 
 const GUESTS: usize = 1000;
-
-fn status(pid: u32, field: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
-/// How often each thread has gone to sleep.
-fn sleeps(pid: u32) -> BTreeMap<String, u64> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks
-        .map(|task| {
-            let task = task.unwrap();
-            let status = std::fs::read_to_string(task.path().join("status")).unwrap();
-            let line = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches")).unwrap();
-            let count = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-            (task.file_name().to_string_lossy().into_owned(), count)
-        })
-        .collect()
-}
 
 fn driver(socket: &std::path::Path, layout: RingLayout) -> VhostUserDriver {
     let ram = TestRam::new(&[(0, 0x1_0000)]);
@@ -65,23 +44,11 @@ fn a_thousand_idle_devices_take_few_threads_little_memory_and_no_wake_ups() {
         })
         .collect();
     drivers.iter_mut().for_each(ask);
-    let pid = daemon.id();
-    let threads = status(pid, "Threads:");
+    let threads = daemon.status("Threads:");
     assert!(threads <= 16, "{threads} threads");
-    let resident = status(pid, "VmRSS:");
+    let resident = daemon.status("VmRSS:");
     assert!(resident < 100 * 1024, "{resident} KiB resident");
-    // What is under way comes to rest first: the last answer's thread goes to sleep.
-    let mut before = sleeps(pid);
-    let deadline = Instant::now() + SOON;
-    loop {
-        std::thread::sleep(Duration::from_millis(300));
-        let now = sleeps(pid);
-        if std::mem::replace(&mut before, now.clone()) == now || Instant::now() > deadline {
-            break;
-        }
-    }
-    std::thread::sleep(Duration::from_millis(1500));
-    assert_eq!(sleeps(pid), before, "no thread has woken up");
+    daemon.rests(Duration::from_millis(1500));
     println!("{GUESTS} idle devices: {threads} threads, {resident} KiB resident, no wake-ups");
     drivers.iter_mut().for_each(ask);
     drop(drivers);
@@ -89,6 +56,6 @@ fn a_thousand_idle_devices_take_few_threads_little_memory_and_no_wake_ups() {
     for guest in [1, 7, GUESTS - 1] {
         ask(&mut driver(&socket(guest), RingLayout::Split));
     }
-    assert_eq!(status(pid, "Threads:"), threads, "nothing starts a thread");
+    assert_eq!(daemon.status("Threads:"), threads, "nothing starts a thread");
     assert_eq!(daemon.terminate().code(), Some(0));
 }

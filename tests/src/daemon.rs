@@ -16,7 +16,7 @@ use crate::scratch::Scratch;
 /// Names the folder with the daemons' binaries; `cargo xtask test` sets it.
 pub const VARIABLE: &str = "BACKPLANE_DAEMONS";
 
-const START_LIMIT: Duration = Duration::from_secs(10);
+const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// A daemon and its command line.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Daemon {
     /// Starts it and waits until it says that it listens.
     ///
     /// # Errors
-    /// It ended, or did not get ready within ten seconds; with what it wrote.
+    /// It ended, or did not get ready within thirty seconds; with what it wrote.
     pub fn start(&mut self) -> Result<(), Failure> {
         let log = self.log();
         let stderr = fs::OpenOptions::new()

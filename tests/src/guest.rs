@@ -66,7 +66,7 @@ impl Guest {
             archives: Vec::new(),
             script: String::new(),
             reboots: false,
-            limit: Duration::from_secs(90),
+            limit: Duration::from_secs(240),
             sockets: 0,
         }
     }

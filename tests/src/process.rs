@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 
 /// How long a process that was asked to end may take before it is killed.
-const GRACE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_secs(20);
 /// How often a waiting loop looks.
 pub const TICK: Duration = Duration::from_millis(10);
 

@@ -20,7 +20,7 @@ impl Qmp {
     /// Connects and says hello.
     pub(crate) fn connect(socket: &Path) -> Result<Self, Failure> {
         let to = UnixStream::connect(socket).map_err(Failure::io("connect to QEMU's monitor"))?;
-        to.set_read_timeout(Some(Duration::from_secs(30))).map_err(Failure::io("set a time limit"))?;
+        to.set_read_timeout(Some(Duration::from_secs(60))).map_err(Failure::io("set a time limit"))?;
         let from = BufReader::new(to.try_clone().map_err(Failure::io("copy a descriptor"))?);
         let mut qmp = Self { to, from };
         qmp.read()?; // the greeting
@@ -31,7 +31,7 @@ impl Qmp {
     /// Runs one command and gives what it returned.
     ///
     /// # Errors
-    /// QEMU refused, ended, or did not answer within thirty seconds.
+    /// QEMU refused, ended, or did not answer within sixty seconds.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, Failure> {
         let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.to.write_all(line.as_bytes()).map_err(Failure::io("write to QEMU's monitor"))?;

@@ -34,6 +34,11 @@ impl Running {
         read_log(&self.scratch.join("console"))
     }
 
+    /// Changes how long it may run in all; what is over is over.
+    pub fn limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
     /// QEMU's process id.
     #[must_use]
     pub fn id(&self) -> u32 {

@@ -187,7 +187,7 @@ fn block_file_system_lives_through_kills_trims_and_reboots() -> Result<(), Failu
 	ask check
 	ask resize
 	n=0; while ! lsblk /dev/vda | grep -q ' 192M '; do
-		n=$((n + 1)); [ $n -lt 100 ] || fail "lsblk says $(lsblk /dev/vda)"; sleep 0.1; done
+		n=$((n + 1)); [ $n -lt 600 ] || fail "lsblk says $(lsblk /dev/vda)"; sleep 0.1; done
 	dd if=/lab.sh of=/dev/vda bs=512 count=1 seek=393215 oflag=direct conv=sync 2>/dev/null || fail "the new last sector"
 	tell resized $(cat /sys/block/vda/size)
 	dd if=/dev/urandom of=/dev/vda bs=1M count=8 oflag=direct 2>/dev/null || fail "fill before the discard"
@@ -197,7 +197,7 @@ fn block_file_system_lives_through_kills_trims_and_reboots() -> Result<(), Failu
 	virtio_devices
 "#,
     );
-    let guest = Guest::new(&lab).cpus(4).reboots().archive(&lab.fio).limit(Duration::from_secs(240));
+    let guest = Guest::new(&lab).cpus(4).reboots().archive(&lab.fio).limit(Duration::from_secs(400));
     let guest = disk(guest, "main", &main.socket(), "num-queues=4,packed=on,queue-size=256");
     let guest = disk(guest, "other", &other.socket(), "num-queues=1");
     let mut guest = guest.script(&text).start()?;
@@ -314,7 +314,7 @@ fn qcow2(test: &str, lab: &Lab, qemu_img: &Path) -> Result<(), Failure> {
 	virtio_devices
 "#,
     );
-    let guest = Guest::new(lab).archive(&lab.fio).limit(Duration::from_secs(180));
+    let guest = Guest::new(lab).archive(&lab.fio).limit(Duration::from_secs(300));
     let mut guest = disk(guest, "disk", &daemon.socket(), "num-queues=2").script(&text).start()?;
     told(&mut guest, "kill", 1, &daemon)?;
     std::thread::sleep(Duration::from_millis(700));

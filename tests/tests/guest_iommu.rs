@@ -16,14 +16,14 @@ const SCRIPT: &str = "
 	dmesg | grep -q 'DMAR: Intel' || fail \"no IOMMU: $(dmesg | grep -i -e dmar -e iommu | head -3)\"
 	[ -n \"$(ls /sys/kernel/iommu_groups)\" ] || fail 'nothing is behind the IOMMU'
 	[ \"$(cat /sys/class/misc/hw_random/rng_current)\" = virtio_rng.0 ] || fail \"no virtio_rng\"
-	timeout 60 rngtest -c 10 </dev/hwrng 2>/tmp/rngtest
+	timeout 120 rngtest -c 10 </dev/hwrng 2>/tmp/rngtest
 	[ $? -le 1 ] || fail \"rngtest: $(tail -n 1 /tmp/rngtest)\"
 	good=$(sed -n 's/.*successes: //p' /tmp/rngtest)
 	[ $good -ge 9 ] || fail \"rngtest: $good of 20\"
 	for round in 1 2 3; do
 		echo virtio0 >/sys/bus/virtio/drivers/virtio_rng/unbind || fail unbind
 		echo virtio0 >/sys/bus/virtio/drivers/virtio_rng/bind || fail bind
-		timeout 20 head -c 1000 /dev/hwrng | wc -c | grep -qx 1000 || fail \"no bytes in round $round\"
+		timeout 60 head -c 1000 /dev/hwrng | wc -c | grep -qx 1000 || fail \"no bytes in round $round\"
 	done
 	tell good $good
 	virtio_devices
@@ -42,7 +42,7 @@ fn through_the_iommu(test: &str, without: &str, strict: bool) -> Result<(), Fail
         .vhost_user("vhost-user-rng-pci,bus=root,iommu_platform=on,ats=on", &daemon.socket())
         .kernel_arguments(&format!("intel_iommu=on iommu=nopt iommu.strict={}", u8::from(strict)))
         .script(SCRIPT)
-        .limit(Duration::from_secs(150));
+        .limit(Duration::from_secs(300));
     let outcome = guest.run().and_then(Outcome::success).map_err(|e| e.with_log(DAEMON, &daemon.stderr()))?;
     daemon.check()?;
     let device =

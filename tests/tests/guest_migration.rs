@@ -22,12 +22,12 @@ const SCRIPT: &str = "
 	sum=$(dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | md5sum)
 	again() { echo 1 >/proc/sys/vm/drop_caches; [ \"$(cat /dev/vda | md5sum)\" = \"$sum\" ] && echo good || echo bad; }
 	( while [ ! -e /tmp/stop ]; do again; done >/tmp/rounds ) &
-	n=0; while [ $(wc -l </tmp/rounds) -lt 3 ]; do n=$((n + 1)); [ $n -lt 200 ] || fail 'no rounds'; sleep 0.1; done
+	n=0; while [ $(wc -l </tmp/rounds) -lt 3 ]; do n=$((n + 1)); [ $n -lt 600 ] || fail 'no rounds'; sleep 0.1; done
 	ask move
 	[ \"$(cat /dev/vda | md5sum)\" = \"$sum\" ] || fail 'what was read before is not what was there'
 	before=$(wc -l </tmp/rounds)
 	n=0; while [ $(wc -l </tmp/rounds) -lt $((before + 3)) ]; do
-		n=$((n + 1)); [ $n -lt 300 ] || fail 'the reader hangs at the destination'; sleep 0.1; done
+		n=$((n + 1)); [ $n -lt 900 ] || fail 'the reader hangs at the destination'; sleep 0.1; done
 	touch /tmp/stop; wait
 	grep -q bad /tmp/rounds && fail 'bad contents'
 	tell rounds $before $(wc -l </tmp/rounds)
@@ -42,7 +42,7 @@ fn guest(lab: &Lab, daemon: &Daemon, number: usize, packed: bool) -> Guest {
         .args(["-chardev", &chardev])
         .device(&format!("vhost-user-blk-pci,chardev=disk,num-queues=1,packed={layout}"))
         .script(SCRIPT)
-        .limit(Duration::from_secs(180))
+        .limit(Duration::from_secs(300))
 }
 
 /// Migrates to who listens there.
@@ -136,7 +136,7 @@ fn migration_of_a_guest_that_reads_hwrng() -> Result<(), Failure> {
             .args(["-chardev", &chardev])
             .device("pcie-root-port,id=root,chassis=1,slot=1")
             .script(HWRNG)
-            .limit(Duration::from_secs(180))
+            .limit(Duration::from_secs(300))
     };
     let rng = json!({ "driver": "vhost-user-rng-pci", "id": "rng", "chardev": "entropy", "bus": "root" });
     let mut source = guest(0).device("vhost-user-rng-pci,id=rng,chardev=entropy,bus=root").start()?;

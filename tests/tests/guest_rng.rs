@@ -20,11 +20,11 @@ const DEVICE: &str = "vhost-user-rng-pci";
 const FUNCTIONS: &str = "
 check() {
 	[ \"$(cat /sys/class/misc/hw_random/rng_current)\" = virtio_rng.0 ] || fail \"no virtio_rng\"
-	a=$(timeout 10 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
+	a=$(timeout 60 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
 	[ ${#a} = 64 ] || fail \"32 bytes from /dev/hwrng: '$a'\"
-	b=$(timeout 10 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
+	b=$(timeout 60 head -c 32 /dev/hwrng | hexdump -v -e '1/1 \"%02x\"')
 	[ ${#b} = 64 ] && [ $a != $b ] || fail \"the next 32 bytes: '$b' after '$a'\"
-	timeout 40 rngtest -c $1 </dev/hwrng 2>/tmp/rngtest
+	timeout 120 rngtest -c $1 </dev/hwrng 2>/tmp/rngtest
 	[ $? -le 1 ] || fail \"rngtest: $(tail -n 1 /tmp/rngtest)\"
 	good=$(sed -n 's/.*successes: //p' /tmp/rngtest)
 	[ $good -ge $(($1 * 9 / 10)) ] || fail \"rngtest: $good of $1\"
@@ -190,7 +190,7 @@ fn rng_driver_unbind_and_bind() -> Result<(), Failure> {
            echo virtio0 >/sys/bus/virtio/drivers/virtio_rng/bind || fail bind\n\
            now=$(cat /sys/class/misc/hw_random/rng_current)\n\
            case $now in virtio_rng.*) ;; *) fail \"after binding: $now\";; esac\n\
-           timeout 20 head -c 1000 /dev/hwrng | wc -c | grep -qx 1000 || fail \"no bytes in round $round\"\n\
+           timeout 60 head -c 1000 /dev/hwrng | wc -c | grep -qx 1000 || fail \"no bytes in round $round\"\n\
          done\n\
          virtio_devices\n",
     );
@@ -215,7 +215,7 @@ fn killed(lab: &Lab, arguments: &[&str]) -> Result<Outcome, Failure> {
            ask kill\n\
            before=$(stat -c %s /tmp/bytes)\n\
            n=0; while [ $(stat -c %s /tmp/bytes) -lt $((before + 10000)) ]; do\n\
-             n=$((n + 1)); [ $n -lt 100 ] || fail \"round $round: the reader hangs at $before bytes\"; sleep 0.1; done\n\
+             n=$((n + 1)); [ $n -lt 600 ] || fail \"round $round: the reader hangs at $before bytes\"; sleep 0.1; done\n\
          done\n\
          kill $reader\n\
          check 10\n",
@@ -269,18 +269,18 @@ fn rng_64_memory_slots() -> Result<(), Failure> {
          cat /dev/hwrng >/tmp/bytes &\n\
          ask plug\n\
          n=0; while [ $(online) -lt {} ]; do\n\
-           n=$((n + 1)); [ $n -lt 300 ] || fail \"only $(online) blocks of memory\"; sleep 0.1; done\n\
+           n=$((n + 1)); [ $n -lt 600 ] || fail \"only $(online) blocks of memory\"; sleep 0.1; done\n\
          tell after $(online)\n\
          before=$(stat -c %s /tmp/bytes)\n\
-         sleep 0.5\n\
-         [ $(stat -c %s /tmp/bytes) -gt $before ] || fail \"the reader hangs at $before bytes\"\n\
+         n=0; while [ $(stat -c %s /tmp/bytes) -le $before ]; do\n\
+           n=$((n + 1)); [ $n -lt 600 ] || fail \"the reader hangs at $before bytes\"; sleep 0.1; done\n\
          kill $!\n\
          dd if=/dev/zero of=/dev/shm/fill bs=1M count=600 2>/dev/null || fail \"the new memory cannot be used\"\n\
          check 10\n",
         total / MODULE_MIB,
     ));
     let mut guest =
-        Guest::new(&lab).memory_mib(base).memory_slots(MODULES, total).limit(Duration::from_secs(120));
+        Guest::new(&lab).memory_mib(base).memory_slots(MODULES, total).limit(Duration::from_secs(240));
     for number in 0..MODULES / 2 {
         guest = guest
             .args(["-object", &format!("memory-backend-memfd,id=m{number},size={MODULE_MIB}M,share=on")]);

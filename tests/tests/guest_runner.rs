@@ -66,12 +66,12 @@ fn the_guests_tools_can_run() -> Result<(), Failure> {
 #[test]
 fn a_guest_that_hangs_is_ended_and_shown() -> Result<(), Failure> {
     let Some(lab) = lab::require("a_guest_that_hangs_is_ended_and_shown") else { return Ok(()) };
-    // Long enough for a guest to come up on a machine that does other things, too.
-    let guest =
-        Guest::new(&lab).limit(Duration::from_secs(25)).script("echo now it hangs; sleep 1000\n").start()?;
+    let mut guest = Guest::new(&lab).script("tell now it hangs\nsleep 1000\n").start()?;
     let path = format!("/proc/{}", guest.id());
+    guest.wait_told("now", 1)?;
+    guest.limit(Duration::from_secs(1));
     let reason = guest.wait().expect_err("it never ends").to_string();
-    assert!(reason.contains("after 25 s"), "{reason}");
+    assert!(reason.contains("after 1 s"), "{reason}");
     assert!(reason.contains("now it hangs"), "{reason}");
     assert!(!std::fs::exists(path).expect("proc"), "QEMU was left behind");
     Ok(())

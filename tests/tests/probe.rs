@@ -18,6 +18,9 @@ use serde_json::Value;
 /// What `vhost-probe`'s README says of QEMU's storage daemon.
 const README: &str = include_str!("../../crates/vhost-probe/README.md");
 
+/// For daemons that answer: long, because test machines are slow.
+const LONG: &str = "30000";
+
 /// The probe that was just built, or nothing after telling why the test is skipped.
 fn probe(test: &str) -> Option<PathBuf> {
     if env::var_os(daemon::VARIABLE).is_none() {
@@ -27,10 +30,15 @@ fn probe(test: &str) -> Option<PathBuf> {
     Some(daemon::find("vhost-probe").expect("a probe beside the daemons"))
 }
 
-/// Runs the suite over a socket. The exit code has to say what the lines say.
-fn check(probe: &Path, socket: &Path, device: &str) -> Result<Vec<(String, String, String)>, Failure> {
+/// Runs the suite over a socket, with so many milliseconds for each answer. The exit code has to say what the lines say.
+fn check(
+    probe: &Path,
+    socket: &Path,
+    device: &str,
+    timeout: &str,
+) -> Result<Vec<(String, String, String)>, Failure> {
     let mut command = Command::new(probe);
-    command.args(["check", "--json", "--timeout", "1500", "--device", device]).arg(socket);
+    command.args(["check", "--json", "--timeout", timeout, "--device", device]).arg(socket);
     let output = command.output().map_err(Failure::io("run the probe"))?;
     let report: Value = serde_json::from_slice(&output.stdout)
         .map_err(|e| Failure::new(format!("no JSON: {e}: {}", String::from_utf8_lossy(&output.stderr))))?;
@@ -56,7 +64,7 @@ fn the_entropy_daemon_keeps_every_rule() -> Result<(), Failure> {
     for (arguments, packed) in [(vec![], "pass"), (vec!["--without", "ring_packed"], "n/a")] {
         let mut daemon = Daemon::new("vhost-device-rng")?.args(arguments);
         daemon.start()?;
-        let lines = check(&probe, &daemon.socket(), "rng")?;
+        let lines = check(&probe, &daemon.socket(), "rng", LONG)?;
         assert!(failed(&lines).is_empty(), "{:#?}", failed(&lines));
         assert!(lines.iter().any(|(line, result, _)| line == "packed-lists" && result == packed));
         daemon.check()?;
@@ -74,7 +82,7 @@ fn the_block_daemon_keeps_every_rule() -> Result<(), Failure> {
     let disk = [OsStr::new("--blk-file"), image.as_os_str(), OsStr::new("--num-queues"), OsStr::new("4")];
     let mut daemon = Daemon::new("vhost-device-block")?.args(disk);
     daemon.start()?;
-    let lines = check(&probe, &daemon.socket(), "blk")?;
+    let lines = check(&probe, &daemon.socket(), "blk", LONG)?;
     assert!(failed(&lines).is_empty(), "{:#?}", failed(&lines));
     daemon.check()?;
     assert_eq!(daemon.stop()?.code(), Some(0));
@@ -106,12 +114,13 @@ fn qemus_storage_daemon_differs_where_the_readme_says() -> Result<(), Failure> {
     ));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _running = Owned::spawn(&mut command).map_err(Failure::io("start qemu-storage-daemon"))?;
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while !socket.exists() {
         assert!(Instant::now() < deadline, "qemu-storage-daemon does not listen");
         thread::sleep(Duration::from_millis(10));
     }
-    let lines = check(&probe, &socket, "blk")?;
+    // Each of its differences may take that long.
+    let lines = check(&probe, &socket, "blk", "3000")?;
     // The table's rows: a line's name, what the daemon does.
     let known: BTreeSet<&str> = README
         .lines()

@@ -134,7 +134,6 @@ mod tests {
             false
         }));
         assert!(start.elapsed() >= Duration::from_millis(2), "{:?}", start.elapsed());
-        assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
         assert!(polls > 1);
     }
 

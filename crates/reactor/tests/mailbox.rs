@@ -107,8 +107,8 @@ fn no_wakeup_is_lost_under_load() {
     let mut next = [0; SENDERS];
     while next.iter().sum::<usize>() < SENDERS * EACH {
         let start = Instant::now();
-        reactor.wait(Some(Duration::from_secs(10))).unwrap();
-        assert!(start.elapsed() < Duration::from_secs(10), "slept over {:?}", inbox.recv());
+        reactor.wait(Some(Duration::from_secs(30))).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(30), "slept over {:?}", inbox.recv());
         while let Some(event) = reactor.next() {
             assert!(matches!(event, Event::Ready { token: A, .. }));
         }

@@ -248,12 +248,19 @@ fn more_ready_files_than_a_batch_are_all_served() {
 fn timers_fire_in_order_and_not_early() {
     let mut reactor = Reactor::new().unwrap();
     let start = Instant::now();
-    reactor.set_timer(B, start + tick() * 2);
-    reactor.set_timer(A, start + tick());
-    assert_eq!(events(&mut reactor, None), [Event::Timer { token: A }]);
-    assert!(start.elapsed() >= tick());
-    assert_eq!(events(&mut reactor, None), [Event::Timer { token: B }]);
-    assert!(start.elapsed() >= tick() * 2);
+    let due = [(A, start + tick()), (B, start + tick() * 2)];
+    due.iter().rev().for_each(|(token, at)| reactor.set_timer(*token, *at));
+    // Whoever looks late finds both at once.
+    for (token, at) in due {
+        let next = loop {
+            match reactor.next() {
+                Some(event) => break event,
+                None => reactor.wait(None).unwrap(),
+            }
+        };
+        assert_eq!(next, Event::Timer { token });
+        assert!(Instant::now() >= at, "{token:?} early");
+    }
     assert_eq!(now(&mut reactor), []);
 }
 
@@ -329,9 +336,10 @@ fn the_reactor_is_pollable_for_files_and_for_timers() {
     assert_eq!(ready(&mut reactor), [A]);
     assert!(!is_pollable(&reactor, Duration::ZERO));
     // Set after the last wait: whoever polls from outside sees it all the same.
-    reactor.set_timer(B, Instant::now() + tick());
+    reactor.set_timer(B, Instant::now() + Duration::from_secs(3600));
     assert!(!is_pollable(&reactor, Duration::ZERO));
-    assert!(is_pollable(&reactor, Duration::from_secs(10)));
+    reactor.set_timer(B, Instant::now() + tick());
+    assert!(is_pollable(&reactor, Duration::from_secs(30)));
     assert_eq!(now(&mut reactor), [Event::Timer { token: B }]);
     assert!(!is_pollable(&reactor, tick()));
 }
@@ -377,7 +385,7 @@ fn a_signal_ends_a_sleep_without_an_error() {
     if std::env::var_os("REACTOR_TEST_SLEEPER").is_some() {
         let mut reactor = Reactor::new().unwrap();
         println!("sleeping");
-        reactor.wait(Some(Duration::from_secs(20))).unwrap();
+        reactor.wait(Some(Duration::from_secs(120))).unwrap();
         assert_eq!(reactor.next(), None);
         println!("woke");
         return;
@@ -406,7 +414,7 @@ fn a_signal_ends_a_sleep_without_an_error() {
         std::thread::sleep(Duration::from_millis(10));
     }
     assert!(child.wait().unwrap().success());
-    assert!(start.elapsed() < Duration::from_secs(15), "the sleep was not interrupted");
+    assert!(start.elapsed() < Duration::from_secs(100), "the sleep was not interrupted");
 }
 
 #[test]

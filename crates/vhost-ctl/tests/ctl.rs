@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use prometheus_parse::{Scrape, Value};
-use support::{Daemon, ctl, load};
+use support::{Daemon, SOON, ctl, load};
 
 fn lines(text: &str) -> Vec<&str> {
     text.lines().collect()
@@ -36,7 +36,7 @@ fn status_shows_both_guests() {
 #[test]
 fn stats_count_each_guest() {
     let daemon = Daemon::rng();
-    load(&mut daemon.driver(1), 1500);
+    daemon.counts(1, 1500);
     let out = daemon.ctl(&["stats"]).ok();
     let queue = lines(&out).into_iter().rfind(|line| line.contains("1  0 requestq")).unwrap();
     assert!(queue.contains("1.5k") && queue.contains("94Ki"), "{out}");
@@ -48,7 +48,7 @@ fn stats_count_each_guest() {
 #[test]
 fn prometheus_text_is_what_a_scraper_takes() {
     let (rng, echo) = (Daemon::rng(), Daemon::echo());
-    load(&mut rng.driver(0), 100);
+    rng.counts(0, 100);
     let both = ["--socket", &rng.control(), "--socket", &echo.control(), "stats", "--prometheus"];
     let text = ctl(&both).ok();
     let scrape = Scrape::parse(text.lines().map(|line| Ok(line.to_owned()))).unwrap();
@@ -105,7 +105,7 @@ fn top_shows_the_rates_of_two_guests() {
                 }
             });
         }
-        let top = daemon.ctl(&["top", "--count", "2", "--interval", "0.3"]);
+        let top = daemon.ctl(&["top", "--count", "2", "--interval", "1"]);
         busy.store(false, Ordering::Relaxed);
         top.ok()
     });
@@ -172,7 +172,7 @@ fn the_entropy_device_gets_a_limit_while_its_guest_reads() {
     let buf = driver.ram().writable(4096);
     driver.ring(0).add(&[buf]);
     driver.kick(0);
-    let used = driver.wait_used(0, std::time::Duration::from_secs(10)).expect("an answer");
+    let used = driver.wait_used(0, SOON).expect("an answer");
     assert_eq!(used.len, 100);
     assert_eq!(daemon.ctl(&["get", "max-bytes"]).ok(), "guest 0: 100\nguest 1: 0\n");
 }

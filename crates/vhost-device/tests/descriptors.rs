@@ -1,7 +1,7 @@
 //! Descriptors of a connection go with it. Alone in its process, since it counts all there are.
 mod support;
-use std::time::Duration;
 use support::*;
+use vhost_user::FrontendEndpoint;
 use virtio_testkit::RingLayout;
 
 fn eventfds() -> usize {
@@ -16,11 +16,11 @@ fn eventfds() -> usize {
 #[test]
 fn call_files_go_with_the_connection() {
     let daemon = TestDaemon::with(1, || Echo::new(8).queues(16, 1));
-    std::thread::sleep(Duration::from_millis(300));
+    // It serves, so it has all files of its own.
+    FrontendEndpoint::connect(daemon.socket(0)).unwrap().get_features().unwrap();
     let before = eventfds();
     let mut driver = daemon.driver(0, RingLayout::Split);
     driver.stop().unwrap();
     drop(driver);
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(eventfds(), before, "eventfds left behind");
+    eventually("no eventfds are left behind", || eventfds() == before);
 }

@@ -2,7 +2,6 @@
 mod support;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use support::*;
@@ -263,7 +262,7 @@ fn dirty_log_that_is_none_ends_the_connection_and_one_that_is_truncated_fails_th
             let status = Status::from_bits_retain(driver.endpoint().get_status().unwrap());
             status.contains(Status::DEVICE_NEEDS_RESET)
         });
-        driver.endpoint().set_timeout(Duration::from_secs(2));
+        driver.endpoint().set_timeout(SOON);
         let area = LogArea { size: 0x1000, offset: 0 };
         assert!(driver.endpoint().set_log_base(area, log.file.as_fd()).is_err(), "an empty file");
         drop(driver);

@@ -54,7 +54,7 @@ fn random_messages() {
     for seed in 1..=100 {
         let mut random = Random(seed * 0x9e37_79b9);
         let mut endpoint = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
-        endpoint.set_timeout(Duration::from_secs(2));
+        endpoint.set_timeout(SOON);
         let Ok(protocol) = endpoint.get_protocol_features() else { continue };
         // Mostly with acknowledgements: a refusal that nobody hears often ends the connection.
         let taken = if random.below(8) == 0 { random.next() } else { u64::MAX };

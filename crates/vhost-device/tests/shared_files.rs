@@ -28,7 +28,7 @@ fn policy_4_an_error_file_that_blocks_stops_no_other_guest() {
     bad.ring(0).split().set_avail_idx(0x4000);
     bad.kick_anyway(0);
     std::thread::sleep(Duration::from_millis(300));
-    other.endpoint().set_timeout(Duration::from_secs(2));
+    other.endpoint().set_timeout(SOON);
     let status = other.endpoint().get_status();
     // Let it go, so that the test can end.
     rustix::io::read(&err, &mut [0; 8]).unwrap();
@@ -127,9 +127,9 @@ fn policy_7_a_call_file_that_blocks_does_not_keep_the_daemon_from_ending() {
         let _ = daemon.stop();
         let _ = tx.send(());
     });
-    let ended = rx.recv_timeout(Duration::from_secs(12));
+    let ended = rx.recv_timeout(SOON);
     let _ = rustix::io::read(&call, &mut [0; 8]);
-    assert!(ended.is_ok(), "twelve seconds after it was asked to end");
+    assert!(ended.is_ok(), "it was asked to end");
 }
 
 /// A VMM that reconnects as soon as its connection is closed gets in.
@@ -151,13 +151,17 @@ fn who_reconnects_at_once_is_not_turned_away() {
 #[test]
 fn who_reconnects_while_the_old_connection_still_looks_alive_gets_in() {
     let daemon = TestDaemon::start();
-    let mut first = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
-    first.get_features().unwrap();
-    let held = first.stream().try_clone().unwrap();
-    drop(first);
-    let mut second = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
-    let waits = std::thread::spawn(move || second.get_features());
-    std::thread::sleep(Duration::from_millis(50));
-    drop(held);
-    waits.join().unwrap().unwrap();
+    // A machine that lets this thread sleep for longer than the daemon's patience proves nothing.
+    let gets_in = || {
+        let mut first = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
+        first.get_features().unwrap();
+        let held = first.stream().try_clone().unwrap();
+        drop(first);
+        let mut second = FrontendEndpoint::connect(daemon.socket(0)).unwrap();
+        let waits = std::thread::spawn(move || second.get_features());
+        std::thread::sleep(Duration::from_millis(50));
+        drop(held);
+        waits.join().unwrap().is_ok()
+    };
+    eventually("one gets in", gets_in);
 }

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_testkit::load::{
     Access, BlockRequests, Disk, Entropy, LoadError, LoadOptions, LoadSession, Requests, Target,
@@ -72,6 +72,7 @@ fn every_kind_of_ring_is_loaded_at_every_depth() {
         Features::INDIRECT_DESC,
         Features::EVENT_IDX | Features::INDIRECT_DESC,
     ];
+    let deadline = Instant::now() + Duration::from_secs(300);
     for layout in RingLayout::ALL {
         for without in without {
             // 64 entries: rings wrap often, and chains of three meet their end in every way.
@@ -84,11 +85,16 @@ fn every_kind_of_ring_is_loaded_at_every_depth() {
                 let mut session = LoadSession::open(target, &ram, options, vec![(0, Three)]).unwrap();
                 assert_eq!(session.features() & without, Features::empty());
                 for _ in 0..2 {
-                    let round = session.round(SHORT).unwrap();
+                    let mut round = session.round(SHORT).unwrap();
+                    // On a busy machine a round may be over before the back-end had a CPU again.
+                    while round.kicks == 0 || round.backend_cpu.is_zero() {
+                        assert!(Instant::now() < deadline, "{round:?}");
+                        round = session.round(SHORT).unwrap();
+                    }
                     assert!(round.requests >= u64::from(depth), "{layout:?} {without:?} {depth}: {round:?}");
                     assert_eq!(round.bytes, round.requests * 520);
                     assert_eq!(round.latency.total(), round.requests);
-                    assert!(round.kicks > 0 && round.elapsed >= SHORT && !round.backend_cpu.is_zero());
+                    assert!(round.elapsed >= SHORT);
                     assert!(round.both_us() > round.backend_us());
                 }
                 ram.check_guards().unwrap();

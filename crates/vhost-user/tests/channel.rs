@@ -19,14 +19,14 @@ use wire::{
 
 fn channel(negotiated: ProtocolFeatures) -> (BackendChannel, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
-    far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     (BackendChannel::new(near.into(), negotiated).unwrap(), far)
 }
 
 fn listener(negotiated: ProtocolFeatures) -> (BackendListener, UnixStream) {
     let (listener, far) = BackendListener::pair(negotiated).unwrap();
     let far = UnixStream::from(far);
-    far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     (listener, far)
 }
 

@@ -123,7 +123,7 @@ fn front_end_sends_the_documents_bytes_and_understands_the_reply() {
     for sample in samples() {
         let (near, far) = UnixStream::pair().unwrap();
         let mut frontend = FrontendEndpoint::new(near);
-        frontend.set_timeout(Duration::from_secs(10));
+        frontend.set_timeout(Duration::from_secs(30));
         // The reply lies there before the question: one thread is enough.
         let reply_fds = Probes::new(sample.reply_fds);
         if let Some(reply) = &sample.reply {
@@ -186,7 +186,7 @@ fn config_change_message() {
     listener.reply(got.ticket, Answer::Done).unwrap();
     assert_eq!(read(&far, 20), hex("02000000 05000000 08000000 0000000000000000"));
     send(&far, &hex("02000000 01000000 00000000"), &[]);
-    let got = listener.wait(Duration::from_secs(10)).unwrap().unwrap();
+    let got = listener.wait(Duration::from_secs(30)).unwrap().unwrap();
     listener.reply(got.ticket, Answer::Failed).unwrap();
     assert_silent(&far, "no need_reply");
     assert!(listener.wait(Duration::from_millis(1)).unwrap().is_none());

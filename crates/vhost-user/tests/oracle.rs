@@ -117,7 +117,7 @@ fn our_backend(socket: UnixStream) -> (thread::JoinHandle<()>, Receiver<Frontend
 }
 
 fn next(requests: &Receiver<FrontendRequest>) -> FrontendRequest {
-    requests.recv_timeout(Duration::from_secs(10)).unwrap()
+    requests.recv_timeout(Duration::from_secs(30)).unwrap()
 }
 
 /// Writes to an eventfd that was sent must arrive at the one that was kept.
@@ -646,7 +646,7 @@ fn our_front_end_and_their_back_end() {
         channel.shmem_unmap(&VhostUserMMap { flags: 0, ..map }).unwrap();
         refused
     });
-    match listener.wait(Duration::from_secs(10)) {
+    match listener.wait(Duration::from_secs(30)) {
         Err(Error::Invalid { code: 6, reason: vhost_user::Reason::NotNegotiated(_), ticket }) => {
             listener.reply(ticket, Answer::Failed).unwrap();
         }
@@ -654,7 +654,7 @@ fn our_front_end_and_their_back_end() {
     }
     listener.set_protocol_features(features());
     let mut next = || {
-        let received = listener.wait(Duration::from_secs(10)).unwrap().unwrap();
+        let received = listener.wait(Duration::from_secs(30)).unwrap().unwrap();
         listener.reply(received.ticket, Answer::Done).unwrap();
         received.request
     };

@@ -14,6 +14,9 @@ use vm_virtio::{
     Status, Stop, Ticket, VirtioDevice, WaitFor, Worker,
 };
 
+/// For what should happen soon; long, because test machines are slow.
+const SOON: Duration = Duration::from_secs(30);
+
 type Ready = Box<dyn FnMut(u16, &mut Lane<'_>) -> Result<(), DeviceError> + Send>;
 
 struct W {
@@ -152,7 +155,7 @@ fn within(what: &str, f: impl FnOnce() + Send + 'static) {
         f();
         tx.send(()).unwrap()
     });
-    assert!(rx.recv_timeout(Duration::from_secs(5)).is_ok(), "hangs: {what}");
+    assert!(rx.recv_timeout(SOON).is_ok(), "hangs: {what}");
 }
 
 #[test]
@@ -277,7 +280,7 @@ fn policy_5_a_failed_lane_sleeps_although_its_workers_file_is_ready() {
     w.file = Some(std::fs::File::from(std::os::fd::OwnedFd::from(ours)));
     let mut r = rig(w, 8, Duration::ZERO);
     let lane = &mut r.lanes[0];
-    assert!(lane.turn(Some(Duration::from_secs(5))), "the file is ready and the worker fails");
+    assert!(lane.turn(Some(SOON)), "the file is ready and the worker fails");
     for _ in 0..3 {
         assert!(!lane.turn(Some(Duration::from_millis(20))), "nothing to do");
     }
@@ -305,7 +308,7 @@ fn a_queue_does_not_start_while_a_reset_is_under_way() {
     );
     assert!(matches!(r.done(start), Some(Err(StartError::Resetting))));
     held.lock().unwrap().clear();
-    let end = Instant::now() + Duration::from_secs(8);
+    let end = Instant::now() + SOON;
     while Instant::now() < end {
         r.step();
         if reset.try_take().is_some() {
@@ -313,7 +316,7 @@ fn a_queue_does_not_start_while_a_reset_is_under_way() {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("the reset does not end, three seconds after its deadline");
+    panic!("the reset does not end");
 }
 
 /// A queue that goes on where another one was killed, stopped before it had a turn: what it knows to be in flight is
@@ -384,8 +387,11 @@ fn common_2_4_1_a_status_that_reads_0_takes_the_next_write() {
         r.engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER).wait();
         let reset = r.engine.reset();
         // 2.4.2: a driver that has written 0 waits until the status reads 0.
+        // Closely, but not for as long as a CPU that has other things to do leaves it to us.
+        let mut looks = 0;
         while !r.engine.status().is_empty() {
-            std::hint::spin_loop()
+            looks += 1;
+            if looks % 1000 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         r.engine.set_status(Status::ACKNOWLEDGE).wait();
         if !r.engine.status().contains(Status::ACKNOWLEDGE) {
@@ -420,13 +426,16 @@ fn policy_2_a_chain_dropped_on_another_thread_wakes_its_lane() {
     let lane = r.lanes.pop().unwrap();
     let t = std::thread::spawn(move || lane.run());
     let chain = rx.recv().unwrap();
+    // Asleep by then, most likely.
     std::thread::sleep(Duration::from_millis(100));
     drop(chain);
-    std::thread::sleep(Duration::from_secs(1));
-    let used = r.rings[0].used();
+    let end = Instant::now() + SOON;
+    while r.rings[0].used().is_none() {
+        assert!(Instant::now() < end, "not given back");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     r.engine.shutdown();
     t.join().unwrap();
-    assert!(used.is_some(), "not given back a second later");
 }
 
 #[test]

@@ -307,7 +307,7 @@ fn common_3_4_2_config_changes_are_seen_and_told_at_resume_and_drivers_writes_ig
 fn common_3_4_2_a_workers_timers_and_messages_wait_for_the_resume() {
     let mut rig = Rig::new(RingLayout::Split);
     rig.tell(Order::Configure(5));
-    assert!(rig.host.run_until(Duration::from_secs(5), |host| {
+    assert!(rig.host.run_until(Duration::from_secs(30), |host| {
         let mut byte = [0];
         host.config().read(0, &mut byte);
         byte == [77]

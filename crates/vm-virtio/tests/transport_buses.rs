@@ -318,6 +318,8 @@ fn pci_4_1_a_guest_finds_moves_and_uses_it() {
     assert_eq!(bus.load(second + 20), [15]);
     ask(second);
     assert!(guest.moves.lock().unwrap().contains(&(4, Some(second))));
+    // It comes behind the answer.
+    until("no interrupt", || guest.line.is_asserted());
     assert_eq!(bus.load(second + 0x40), [1]);
 
     // MSI-X: queue 0 has vector 2.

@@ -530,7 +530,8 @@ fn ccw_4_3_3_3_1_a_reset_is_over_when_its_command_is() {
 
 #[test]
 fn policy_7_a_reset_that_hangs_does_not_end_well() {
-    let mut rig = Rig::on(memory(), Duration::from_millis(50), true);
+    // Longer than anything takes but the reset that hangs (5 seconds).
+    let mut rig = Rig::on(memory(), Duration::from_secs(1), true);
     rig.revision(2);
     rig.go(RingLayout::Split, Features::empty());
     rig.mail[0].send(Order::Be(Mode::Hang)).unwrap();

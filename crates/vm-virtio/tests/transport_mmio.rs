@@ -783,7 +783,8 @@ fn mmio_4_2_2_2_a_queue_is_stopped_when_the_write_is_over() {
 
 #[test]
 fn policy_7_a_reset_that_hangs_holds_no_cpu_and_is_not_over() {
-    let mut rig = threaded(Duration::from_millis(50));
+    // Longer than anything takes but the reset that hangs (5 seconds).
+    let mut rig = threaded(Duration::from_secs(1));
     rig.go(RingLayout::Split, Features::empty());
     rig.mail[0].send(Order::Be(Mode::Hang)).unwrap();
     rig.ask(0);

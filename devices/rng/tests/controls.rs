@@ -6,7 +6,7 @@ use virtio_testkit::{MemoryHost, RingLayout};
 use vm_virtio::controls::{ControlRequest, Value};
 use vm_virtio::{HostError, HostReply, HostRequest};
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 
 fn host(limit: Option<RateLimit>) -> MemoryHost<Rng> {
     let device = Rng::new(&Entropy::insecure_seeded(1), 0, limit).unwrap();

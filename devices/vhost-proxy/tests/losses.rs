@@ -158,13 +158,14 @@ fn policy_7_a_stuck_ring_ends_the_connection_so_that_nobody_serves_it_any_more()
 #[test]
 fn a_back_end_that_stays_away_needs_a_reset_and_one_that_is_back_in_time_does_not() {
     let mut backend = Backend::start(&[]);
-    let options = ProxyOptions { give_up: Duration::from_millis(400), ..echo_options() };
+    // Longer than it takes to start one below.
+    let options = ProxyOptions { give_up: Duration::from_secs(3), ..echo_options() };
     let proxy = Proxy::connect(backend.socket(), options).unwrap();
     let mut guest = Guest::running(proxy, Setup::new(RingLayout::Split));
     guest.works();
     backend.kill();
     until("it is given up", || guest.failure_is_told());
-    assert_eq!(guest.ear.reasons(), ["the back-end has been gone for 400ms"]);
+    assert_eq!(guest.ear.reasons(), ["the back-end has been gone for 3s"]);
     assert!(guest.ear.count(|event| matches!(event, HostEvent::NeedsReset { .. })) == 1);
     // The driver resets: that works without a back-end, and the device with the next one.
     guest.reset();

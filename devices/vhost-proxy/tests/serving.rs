@@ -201,7 +201,8 @@ fn the_interrupt_of_a_running_ring_can_be_exchanged() {
     assert!(guest.lines[0].ring.used().is_none());
     guest.submit(0, b"ring the bell", 64);
     until("the bell rings", || bell.0.load(Ordering::SeqCst) > before);
-    assert!(guest.lines[0].ring.used().is_some());
+    // Not necessarily for this one: the exchange rings it, too, and that comes through a thread.
+    until("the answer", || guest.lines[0].ring.used().is_some());
     let other = support::event_file();
     let call = Arc::new(EventFd::new(other.try_clone().unwrap()).unwrap());
     guest.engine.set_call(0, Some(call)).wait();

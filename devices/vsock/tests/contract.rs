@@ -662,12 +662,13 @@ fn a_client_that_connects_and_stalls() {
 
 #[test]
 fn a_guest_that_refuses_or_does_not_answer() {
-    let mut guest = hurried();
+    let mut guest = Guest::new(RingLayout::Split);
     let mut refused = guest.client("CONNECT 5\n");
     let end = guest.asked();
     guest.send(end.packet(Op::Rst), &[]);
     assert!(is_closed(&mut refused));
     guest.quiet();
+    let mut guest = hurried();
     let mut waits = guest.client("CONNECT 6\n");
     guest.asked();
     let rst = guest.next();

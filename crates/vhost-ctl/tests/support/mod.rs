@@ -2,9 +2,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use virtio_testkit::daemon::{DaemonProcess, TempDir, announcing};
 use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
+
+/// For whatever should happen soon; long, because test machines are slow.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// Where cargo puts what it builds for these tests, and whether that is a release.
 fn profile() -> (PathBuf, bool) {
@@ -65,6 +69,20 @@ impl Daemon {
         VhostUserDriver::connect(socket, VhostUserOptions::new(RingLayout::Packed)).unwrap()
     }
 
+    /// So many requests of a guest, each of them counted: the last answer is there a moment before.
+    pub(crate) fn counts(&self, guest: u32, requests: usize) {
+        load(&mut self.driver(guest), requests);
+        let (guest, wanted) = (guest.to_string(), format!("\"completed\":{requests},"));
+        let deadline = Instant::now() + SOON;
+        loop {
+            let stats = self.ctl(&["-g", &guest, "stats", "--json"]).ok();
+            if stats.contains(&wanted) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{requests} requests: {stats}");
+        }
+    }
+
     /// Runs vhost-ctl with this daemon.
     pub(crate) fn ctl(&self, args: &[&str]) -> Ended {
         let control = self.control();
@@ -113,6 +131,6 @@ pub(crate) fn load(driver: &mut VhostUserDriver, requests: usize) {
     for _ in 0..requests {
         driver.ring(0).add(&[buf]);
         driver.kick(0);
-        driver.wait_used(0, std::time::Duration::from_secs(10)).expect("an answer");
+        driver.wait_used(0, SOON).expect("an answer");
     }
 }

@@ -15,7 +15,7 @@ pub use echo::Echo;
 pub use virtio_testkit::daemon::TempDir;
 
 /// For whatever should happen soon; long, because test machines are slow.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(60);
 /// For whatever should not happen at all.
 pub const NEVER: Duration = Duration::from_millis(100);
 

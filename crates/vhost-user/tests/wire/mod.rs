@@ -388,7 +388,7 @@ pub(crate) fn acknowledgement(code: u32, value: u64) -> Vec<u8> {
 /// A back-end that has negotiated everything, and the socket of its front-end.
 pub(crate) fn backend() -> (BackendEndpoint, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
-    far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut endpoint = BackendEndpoint::new(near).unwrap();
     endpoint.set_protocol_features(features());
     (endpoint, far)

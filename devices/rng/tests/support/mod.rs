@@ -8,7 +8,7 @@ use virtio_testkit::daemon::DaemonProcess;
 use virtio_testkit::{RingLayout, VhostUserDriver, VhostUserOptions};
 
 /// Longer than anything takes.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 pub(crate) const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-rng");
 

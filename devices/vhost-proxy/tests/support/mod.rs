@@ -21,7 +21,7 @@ use vm_virtio::{
 };
 
 /// Longer than anything takes.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// A directory that ends with the test.
 pub struct Directory(PathBuf);

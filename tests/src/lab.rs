@@ -15,6 +15,8 @@ pub struct Lab {
     pub qemu: PathBuf,
     /// The guest kernel (`bzImage`).
     pub kernel: PathBuf,
+    /// The same kernel as an ELF file, for machine monitors that start that one.
+    pub vmlinux: PathBuf,
     /// The guest's tools, as an uncompressed cpio archive.
     pub initramfs: PathBuf,
     /// virtiofsd 1, a back-end of others.
@@ -32,11 +34,13 @@ impl Lab {
         let lab = Self {
             qemu: folder.join("qemu/bin/qemu-system-x86_64"),
             kernel: folder.join("kernel/bzImage"),
+            vmlinux: folder.join("kernel/vmlinux"),
             initramfs: folder.join("initramfs/initramfs.cpio"),
             virtiofsd: folder.join("virtiofsd/bin/virtiofsd"),
             fio: folder.join("initramfs/fio.cpio"),
         };
-        let missing: Vec<_> = [&lab.qemu, &lab.kernel, &lab.initramfs, &lab.virtiofsd, &lab.fio]
+        let pieces = [&lab.qemu, &lab.kernel, &lab.vmlinux, &lab.initramfs, &lab.virtiofsd, &lab.fio];
+        let missing: Vec<_> = pieces
             .into_iter()
             .filter(|path| !path.is_file())
             .map(|path| path.display().to_string())

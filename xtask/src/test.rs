@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         }
     }
     let mut programs = workspace.daemons();
-    programs.extend(["vhost-ctl".into(), "vhost-probe".into()]);
+    programs.extend(["backplane-vmm".into(), "vhost-ctl".into(), "vhost-probe".into()]);
     workspace.build(&programs)?;
     test.env(daemon::VARIABLE, workspace.release());
 

@@ -132,6 +132,7 @@
 //!   [`IoSpace`](crate::dispatch::IoSpace). Nothing waits there: a removal is over when the last vCPU has left the device.
 //! * **PCI**: a host with its functions, BARs and hot plug is in [`pci`](crate::pci); it dispatches through the same
 //!   [`IoSpace`](crate::dispatch::IoSpace).
+//! * **A whole VMM** made of this, which boots Linux: `vmm/` in the repository.
 //! * **KVM**: the cargo feature `kvm` connects lines and messages to the kernel, and turns writes into events without an exit.
 //! * **Save and restore**: [`DeviceManager::save`](crate::device_manager::DeviceManager::save) collects what
 //!   [`Device::save`](crate::device_manager::Device::save) gives.

@@ -11,6 +11,7 @@
 //! * [`bus`]: addresses, ranges, and what a device has to do to be on a bus.
 //! * [`resources`]: who gets which ports, addresses, interrupts, slots.
 //! * [`interrupt`]: lines and messages. `kvm` (cargo feature): both, and kicks of the guest, through the kernel.
+//! * `legacy`: an I/O APIC for hypervisors that have none (cargo feature `io-apic`).
 //! * [`pci`]: a root complex, bridges, hot plug, and devices whose addresses the guest chooses.
 //!
 //! If you come from rust-vmm's `vm-device` 0.1: its names are here and mean the same, with these differences. Reads that
@@ -26,6 +27,8 @@ pub mod guide;
 pub mod interrupt;
 #[cfg(feature = "kvm")]
 pub mod kvm;
+#[cfg(feature = "io-apic")]
+pub mod legacy;
 pub mod pci;
 pub mod resources;
 mod sync;

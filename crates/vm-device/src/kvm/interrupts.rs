@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -95,10 +96,12 @@ impl KvmInterrupts {
     /// # Errors
     /// The kernel's: `EBUSY` if the line is connected already.
     pub fn connect_line(&self, line: &IrqLine, number: u32) -> io::Result<LineConnection> {
-        let trigger = eventfd(line.trigger())?;
+        let trigger = eventfd(line.trigger().as_fd())?;
         match line.resample() {
             None => self.vm.register_irqfd(&trigger, number)?,
-            Some(resample) => self.vm.register_irqfd_with_resample(&trigger, &eventfd(resample)?, number)?,
+            Some(resample) => {
+                self.vm.register_irqfd_with_resample(&trigger, &eventfd(resample.as_fd())?, number)?
+            }
         }
         Ok(LineConnection { vm: self.vm.clone(), trigger, number })
     }
@@ -109,11 +112,11 @@ impl KvmInterrupts {
     }
 
     fn attach(&self, number: u32, event: &Event) -> io::Result<()> {
-        Ok(self.vm.register_irqfd(&eventfd(event)?, number)?)
+        Ok(self.vm.register_irqfd(&eventfd(event.as_fd())?, number)?)
     }
 
     fn detach(&self, number: u32, event: &Event) -> io::Result<()> {
-        Ok(self.vm.unregister_irqfd(&eventfd(event)?, number)?)
+        Ok(self.vm.unregister_irqfd(&eventfd(event.as_fd())?, number)?)
     }
 
     /// Attaches or detaches, whichever is needed; whether it was.

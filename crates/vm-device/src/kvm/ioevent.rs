@@ -1,13 +1,13 @@
 //! A write of the guest that is only a signal: `KVM_IOEVENTFD`.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::file::eventfd;
-use crate::interrupt::Event;
 
 /// Where the guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +33,29 @@ pub enum IoMatch {
     U64(u64),
 }
 
+impl IoMatch {
+    /// Writes of this width in bytes (0: any) and, if there is one, this value. A width needs a value and a value a width that
+    /// it fits into, since KVM matches both or none: `None` otherwise.
+    ///
+    /// ```
+    /// use vm_device::kvm::IoMatch;
+    ///
+    /// assert_eq!(IoMatch::of(0, None), Some(IoMatch::Any));
+    /// assert_eq!(IoMatch::of(4, Some(1)), Some(IoMatch::U32(1)));
+    /// assert_eq!(IoMatch::of(1, Some(256)), None);
+    /// ```
+    pub fn of(width: u8, value: Option<u32>) -> Option<Self> {
+        match (width, value) {
+            (0, None) => Some(Self::Any),
+            (1, Some(value)) => Some(Self::U8(value.try_into().ok()?)),
+            (2, Some(value)) => Some(Self::U16(value.try_into().ok()?)),
+            (4, Some(value)) => Some(Self::U32(value)),
+            (8, Some(value)) => Some(Self::U64(value.into())),
+            _ => None,
+        }
+    }
+}
+
 /// Lets a write of the guest signal an event instead of leaving the guest, as long as this exists.
 #[derive(Debug)]
 pub struct IoEvent {
@@ -43,13 +66,13 @@ pub struct IoEvent {
 }
 
 impl IoEvent {
-    /// From now on such writes signal `event`.
+    /// From now on such writes signal `event`: an [`Event`](crate::interrupt::Event), or whoever's eventfd.
     ///
     /// # Errors
     /// The kernel's: `EEXIST` if there is an overlapping one at this address already (one that matches [any](IoMatch::Any) value
     /// overlaps with all), `ENOSPC` if there are too many.
-    pub fn new(vm: &Arc<VmFd>, address: IoAddress, matched: IoMatch, event: &Event) -> io::Result<Self> {
-        let event = eventfd(event)?;
+    pub fn new(vm: &Arc<VmFd>, address: IoAddress, matched: IoMatch, event: impl AsFd) -> io::Result<Self> {
+        let event = eventfd(event.as_fd())?;
         let at = kvm_address(address);
         match matched {
             IoMatch::Any => vm.register_ioevent(&event, &at, NoDatamatch),

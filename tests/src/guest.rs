@@ -37,6 +37,7 @@ pub struct Guest {
     archives: Vec<PathBuf>,
     script: String,
     reboots: bool,
+    by_instructions: bool,
     limit: Duration,
     sockets: u32,
 }
@@ -66,6 +67,7 @@ impl Guest {
             archives: Vec::new(),
             script: String::new(),
             reboots: false,
+            by_instructions: false,
             limit: Duration::from_secs(240),
             sockets: 0,
         }
@@ -143,6 +145,14 @@ impl Guest {
         self
     }
 
+    /// Lets its time pass by the instructions that it executes instead of the host's clock, and its CPUs take turns. A guest in which
+    /// another one runs needs that: each tick of a clock costs it so much that on a busy host it would do nothing but tick.
+    #[must_use]
+    pub fn time_by_instructions(mut self) -> Self {
+        self.by_instructions = true;
+        self
+    }
+
     /// How long it may run in all.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
@@ -187,7 +197,13 @@ impl Guest {
             "-machine",
             "q35,memory-backend=ram,usb=off,vmport=off,smbus=off,sata=off,i8042=off,hpet=off",
         ]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &self.cpus.to_string()]);
+        if self.by_instructions {
+            // An instruction is two nanoseconds, and while all CPUs wait time goes on at once.
+            command.args(["-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off"]);
+        } else {
+            command.args(["-accel", "tcg,thread=multi"]);
+        }
+        command.args(["-cpu", "max", "-smp", &self.cpus.to_string()]);
         command.args(["-m", &format!("{memory}M{}", self.more_memory)]);
         command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
         command

@@ -3,8 +3,8 @@
 //! hot plug is the operating system's.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, Method, Name, Package, PackageBuilder,
-    ResourceTemplate, Return, Scope,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, Memory32Fixed, Method, Name, Package,
+    PackageBuilder, ResourceTemplate, Return, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -15,6 +15,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
+use vm_device::pci::ECAM_BUS;
 
 use crate::Result;
 use crate::layout::{
@@ -110,7 +111,13 @@ fn definitions(last_bus: u8) -> Vec<u8> {
     let mut aml = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&power::SOFT_OFF, &power::SOFT_OFF, &0_u8, &0_u8]))
         .to_aml_bytes(&mut aml);
-    Scope::new("_SB_".into(), vec![&Host { last_bus }]).to_aml_bytes(&mut aml);
+    // Linux uses configuration space in memory only where these resources have it (PCI Firmware 3.3, 4.1.2).
+    let bytes = (u32::from(last_bus) + 1) << ECAM_BUS.trailing_zeros();
+    let ecam = Memory32Fixed::new(true, u32::try_from(ECAM).unwrap_or(u32::MAX), bytes);
+    let id = Name::new("_HID".into(), &EISAName::new("PNP0C02"));
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam]));
+    let board = Device::new("MBRD".into(), vec![&id, &resources]);
+    Scope::new("_SB_".into(), vec![&board, &Host { last_bus }]).to_aml_bytes(&mut aml);
     aml
 }
 

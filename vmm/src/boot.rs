@@ -68,7 +68,6 @@ pub(crate) fn load(ram: &GuestMemoryMmap, software: &Software<'_>) -> Result<Gue
         range(0, LOW_RAM_END, RAM),
         range(ACPI, HIGH_RAM, RESERVED),
         range(HIGH_RAM, end, RAM),
-        // Linux uses configuration space in memory only where it is reserved.
         range(ECAM, ECAM + (u64::from(software.last_bus) + 1) * vm_device::pci::ECAM_BUS, RESERVED),
     ];
     start.memmap_entries = u32::try_from(map.len())?;

@@ -189,7 +189,6 @@ pub(crate) struct MmioDevice {
     /// What Linux is to be told, as it has no other way to know.
     pub(crate) argument: String,
     reset: Box<dyn Fn()>,
-    /// The order matters: first nobody gets in any more, then the rest.
     _registration: Registration,
     _kicks: Vec<IoEvent>,
     _claim: Claim,

@@ -55,7 +55,8 @@ tell image hot before "$(md5sum </tmp/hot.img | cut -d' ' -f1)"
 mkdir /tmp/host
 socat UNIX-LISTEN:/tmp/host/vm_1000,fork EXEC:'tr a-z A-Z' &
 
-run messages "" --cpus 2 --slots 2 --no-reboot \
+# The lab's kernel has no ASPM, without which it does not ask ACPI for native hot plug, whatever it would be given.
+run messages "pcie_ports=native" --slots 2 --no-reboot \
 	--mmio rng --mmio rng,without=ring_packed+in_order --mmio block=/tmp/mmio.img \
 	--pci rng --pci rng,without=ring_packed+in_order+notification_data --pci block=/tmp/pci.img --pci vsock=3:/tmp/host/vm
 for disk in mmio pci; do

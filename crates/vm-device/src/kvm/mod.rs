@@ -5,7 +5,7 @@
 //! * [`IoEvent`] makes a write of the guest a signal of an [`Event`](crate::interrupt::Event), and the vCPU goes on: ioeventfd.
 //!
 //! Both are handed `kvm-ioctls`' `VmFd`. The VM needs an interrupt controller in the kernel (`KVM_CREATE_IRQCHIP`; messages also work
-//! with a split one).
+//! with a split one, and lines through an I/O APIC of the VMM's: `vm_device::legacy`, cargo feature `io-apic`).
 //!
 //! ```no_run
 //! use std::sync::Arc;

@@ -41,7 +41,7 @@ fn linux_on_our_buses() -> Result<(), Failure> {
         .time_by_instructions()
         .archive(&bundle.path())
         .archive(&software)
-        .limit(Duration::from_secs(400))
+        .limit(Duration::from_secs(600))
         .script(&format!("VMM='{}'\n{OUTER}", Bundle::command(&vmm)))
         .run()?
         .success()?;
@@ -202,8 +202,8 @@ impl Seen<'_> {
             self.told("hot before")? == self.told("image hot before")?,
             "a disk that was plugged in is read",
         )?;
-        expect(self.told("pulled")? == "0", "pciehp sees that a card was pulled")?;
-        expect(self.told("plugged again")? == "0x1044", "the slot can be used again")?;
+        expect(self.0.console.contains("slot 2: pulled"), "a card is pulled")?;
+        expect(self.told("plugged again")? == "0x1044", "another takes its place, and stays")?;
         self.told("messages done").map(drop)
     }
 

@@ -261,7 +261,8 @@ impl RootComplex {
         self.insert(bus, device, card, Slot::populate)
     }
 
-    /// Plugs a card into a slot while the guest runs, which is told.
+    /// Plugs a card into a slot while the guest runs, which is told. Linux takes no notice of what appears within a second after it
+    /// turned a slot off, but for the button, which means five seconds of waiting then.
     ///
     /// # Errors
     /// There is no such port, it has no slot, or something is in it.

@@ -4,7 +4,9 @@
 //! interrupt. What Linux's pciehp and the standard expect of it:
 //!
 //! * A card appears: presence detect changed, and the button is pressed. pciehp takes presence and button together as the wish
-//!   to have it on at once (a button alone would mean five seconds of blinking).
+//!   to have it on at once (a button alone would mean five seconds of blinking). If the slot still has power, as after a surprise
+//!   that the guest is still busy with, the link comes up and tells instead: pciehp would take the button, which it
+//!   finds when it has turned the new card on, as the wish to have that back.
 //! * The link is up while a card is in, the slot has power and the guest has not disabled the link; each change is an event.
 //!   Nothing behind the port is seen while the link is down, and power that goes off resets what is in the slot.
 //! * A card is asked back: the button is pressed. The guest unloads its drivers and takes the power off; then the card is out.
@@ -118,7 +120,10 @@ impl Slot {
         self.occupied = true;
         self.asked_back = false;
         let link = self.settle(config);
-        self.event(config, SLOT_PRESENCE_CHANGED | SLOT_BUTTON);
+        self.event(config, SLOT_PRESENCE_CHANGED);
+        if link.is_none() {
+            self.event(config, SLOT_BUTTON);
+        }
         Outcome { link, ejected: false }
     }
 
@@ -281,6 +286,18 @@ mod tests {
         assert_eq!(on, Outcome { link: Some(true), ejected: false });
         assert_eq!(take(&mut config), SLOT_COMMAND_COMPLETED | SLOT_LINK_CHANGED);
         assert!(slot.link_is_up(&config));
+    }
+
+    #[test]
+    fn pcie_6_7_a_card_in_a_slot_with_power_is_told_by_its_link_without_the_button() {
+        let (mut config, mut slot) = slot();
+        slot.populate(&mut config);
+        control(&mut config, &mut slot, PCIEHP);
+        slot.take_out(&mut config);
+        take(&mut config);
+        assert_eq!(slot.insert(&mut config).link, Some(true));
+        assert!(slot.interrupt(&config));
+        assert_eq!(take(&mut config), SLOT_LINK_CHANGED | SLOT_PRESENCE_CHANGED);
     }
 
     #[test]

@@ -54,8 +54,8 @@ pub(crate) struct Machine {
     mmio: Vec<MmioDevice>,
     /// Of devices that are there for good.
     _numbers: Vec<Claim>,
-    /// What guests do with slots, and the file that says that there is something.
-    events: Receiver<PciEvent>,
+    /// Cards that the guest has let go of, and the file that says that there is one.
+    ejected: Receiver<(PortId, Card)>,
     told: Arc<Event>,
     commands: Option<Commands>,
     /// Behind everything that refers to it.
@@ -95,8 +95,8 @@ impl Machine {
         for (line, irq) in lines.iter().zip(PCI_IRQS) {
             board.io_apic.connect(irq, line)?;
         }
-        let (events, told) = (mpsc::channel(), Arc::new(Event::new()?));
-        let pci = root_complex(&mut buses, lines, events.0, told.clone())?;
+        let ((eject, ejected), told) = (mpsc::channel(), Arc::new(Event::new()?));
+        let pci = root_complex(&mut buses, lines, eject, told.clone())?;
 
         let mut machine = Machine {
             vcpus: Vec::new(),
@@ -106,7 +106,7 @@ impl Machine {
             slots: Vec::new(),
             mmio: Vec::new(),
             _numbers: Vec::new(),
-            events: events.1,
+            ejected,
             told,
             commands: args.commands.as_deref().map(Commands::open).transpose()?,
             ram,
@@ -206,18 +206,10 @@ impl Machine {
 
     fn note_events(&mut self) {
         self.told.take();
-        while let Ok(event) = self.events.try_recv() {
-            match event {
-                PciEvent::Ejected { port, card } => {
-                    drop(card);
-                    if let Some(number) = self.free(port) {
-                        eprintln!("slot {number}: ejected");
-                    }
-                }
-                PciEvent::Power { port, on } => {
-                    let number = self.slots.iter().position(|slot| slot.port == port).map_or(0, |at| at + 1);
-                    eprintln!("slot {number}: power {}", if on { "on" } else { "off" });
-                }
+        while let Ok((port, card)) = self.ejected.try_recv() {
+            drop(card);
+            if let Some(number) = self.free(port) {
+                eprintln!("slot {number}: ejected");
             }
         }
     }
@@ -295,7 +287,7 @@ fn allocator() -> Result<SystemAllocator> {
 fn root_complex(
     buses: &mut IoManager,
     lines: [IrqLine; 4],
-    events: mpsc::Sender<PciEvent>,
+    eject: mpsc::Sender<(PortId, Card)>,
     told: Arc<Event>,
 ) -> Result<RootComplex> {
     let memory = [PCI_MEMORY, PCI_MEMORY_64]
@@ -308,9 +300,12 @@ fn root_complex(
             memory: memory.into_iter().collect::<std::result::Result<_, _>>()?,
             ports: vec![ports],
             lines,
-            // From a vCPU's thread: what is to be done about it is this machine's thread's.
+            // From a vCPU's thread: what is to be done about it is this machine's thread's. There are no more of these than cards,
+            // which a guest does not make; power it can switch as often as it likes.
             events: Box::new(move |event| {
-                if events.send(event).is_ok() {
+                if let PciEvent::Ejected { port, card } = event
+                    && eject.send((port, card)).is_ok()
+                {
                     told.signal();
                 }
             }),

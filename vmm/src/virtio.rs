@@ -21,7 +21,7 @@ use vm_device::pci::Card;
 use vm_device::resources::{Claim, ResourceConstraint, SystemAllocator};
 use vm_virtio::transport::mmio::Mmio;
 use vm_virtio::transport::pci::Pci;
-use vm_virtio::transport::pci::function::{FunctionOptions, VIRTIO_BAR, function};
+use vm_virtio::transport::pci::function::{FunctionOptions, Moved, VIRTIO_BAR, function};
 use vm_virtio::transport::{Notifier, Options};
 use vm_virtio::{Features, GuestRam, HostEvent, HostEvents, LaneRunner, VirtioDevice, WaitFor, Worker};
 
@@ -114,8 +114,7 @@ impl DeviceSpec {
     }
 
     fn options(&self) -> Options {
-        let ear = Ear { name: self.name(), heard: AtomicU32::new(0) };
-        let mut options = Options::new(Arc::new(ear));
+        let mut options = Options::new(Arc::new(Ear::new(self.name())));
         options.engine.without = self.without;
         options
     }
@@ -127,18 +126,30 @@ pub(crate) trait Place {
     fn put<D: VirtioDevice>(self, device: D, spec: &DeviceSpec) -> Result<Self::Placed>;
 }
 
-/// Tells people what guests do wrong; not for ever.
+/// Tells people of a device; not for ever, since it is guests who make it talk.
 struct Ear {
     name: &'static str,
-    heard: AtomicU32,
+    said: AtomicU32,
+}
+
+impl Ear {
+    fn new(name: &'static str) -> Ear {
+        Ear { name, said: AtomicU32::new(0) }
+    }
+
+    fn say(&self, what: std::fmt::Arguments<'_>) {
+        const MOST: u32 = 20;
+        let more = |said: u32| (said < MOST).then(|| said + 1);
+        if self.said.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok() {
+            eprintln!("{}: {what}", self.name);
+        }
+    }
 }
 
 impl HostEvents for Ear {
     fn event(&self, event: HostEvent) {
-        if matches!(event, HostEvent::QueueFault { .. } | HostEvent::NeedsReset { .. })
-            && self.heard.fetch_add(1, Ordering::Relaxed) < 20
-        {
-            eprintln!("{}: {event:?}", self.name);
+        if matches!(event, HostEvent::QueueFault { .. } | HostEvent::NeedsReset { .. }) {
+            self.say(format_args!("{event:?}"));
         }
     }
 }
@@ -251,14 +262,14 @@ impl Place for OnPci<'_> {
             class: spec.class(),
             messages: Some(messages),
             capabilities: Vec::new(),
-            moved: follow(self.0.vm.clone(), pci.clone()),
+            moved: follow(self.0.vm.clone(), pci.clone(), Ear::new(spec.name())),
         };
         Ok((Card::single(function(pci, options)?), claim))
     }
 }
 
 /// Keeps the notifications' ioeventfds where the guest puts their BAR.
-fn follow<D: VirtioDevice>(vm: Arc<VmFd>, pci: Arc<Pci<D>>) -> vm_virtio::transport::pci::function::Moved {
+fn follow<D: VirtioDevice>(vm: Arc<VmFd>, pci: Arc<Pci<D>>, ear: Ear) -> Moved {
     let now = Mutex::new(Vec::new());
     Box::new(move |bar, address| {
         if bar != VIRTIO_BAR {
@@ -271,7 +282,7 @@ fn follow<D: VirtioDevice>(vm: Arc<VmFd>, pci: Arc<Pci<D>>) -> vm_virtio::transp
             match kicks(&vm, address, pci.notifiers()) {
                 Ok(kicks) => *now = kicks,
                 // Then they come as writes, which is slower and nothing else.
-                Err(error) => eprintln!("notifications at {address:#x} leave the guest: {error}"),
+                Err(error) => ear.say(format_args!("notifications at {address:#x} are exits: {error}")),
             }
         }
     })

@@ -135,17 +135,20 @@ hot_plug() {
 		vmm unplug 1
 		await "[ ! -e $first ]"
 		await '[ "$(cat /sys/bus/pci/slots/1/power)" = 0 ]'
-		# pciehp takes no notice of cards for a second.
+		# What pciehp makes of a card within the next second is not what anybody wants.
 		sleep 2
 		tell unplugged $round "$(cat /sys/bus/pci/slots/1/adapter)"
 	done
-	# A disk that is used, and gone without a word; another card takes its place at once. Its driver is off it by then: Linux's waits
-	# for ever for a device that is gone to say that it is reset.
+	# A disk that is used, and gone without a word; then another card. Its driver is off it by then: Linux's waits for ever for a
+	# device that is gone to say that it is reset.
 	vmm plug 2 block=/tmp/hot.img
 	await '[ -b /dev/vdc ]'
 	tell hot before "$(md5sum </dev/vdc | cut -d' ' -f1)"
 	echo "${second##*/}" >/sys/bus/pci/drivers/virtio-pci/unbind
 	vmm pull 2
+	await "[ ! -e $second ]"
+	await '[ "$(cat /sys/bus/pci/slots/2/power)" = 0 ]'
+	sleep 2
 	vmm plug 2 rng
 	for source in $(sources 5); do entropy "$source"; done
 	# And stays, longer than pciehp waits for anything.

@@ -261,8 +261,9 @@ impl RootComplex {
         self.insert(bus, device, card, Slot::populate)
     }
 
-    /// Plugs a card into a slot while the guest runs, which is told. Linux takes no notice of what appears within a second after it
-    /// turned a slot off, but for the button, which means five seconds of waiting then.
+    /// Plugs a card into a slot while the guest runs, which is told. Leave a slot empty for two seconds after its last card: within one
+    /// second from turning it off Linux takes no notice of what appears but for the button, which may mean to it that the new card is
+    /// asked back.
     ///
     /// # Errors
     /// There is no such port, it has no slot, or something is in it.

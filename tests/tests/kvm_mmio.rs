@@ -71,13 +71,20 @@ fn program() -> Code {
     code.copy(BASE + 0x70, 0x524)
         .copy(BASE + 0x60, 0x528)
         .done()
-        // 4.2.3.4.1: looks, acknowledges what it saw, and counts.
+        // 4.2.3.4.1: looks, acknowledges what it saw, and counts. If it sees nothing, the end of an interrupt was heard so late that
+        // the line was raised once more for the next one, which is over by now.
         .label("handler")
         .op(&[0x66, 0x50]) // push eax
-        .copy(BASE + 0x60, 0x52c)
+        .op(&[0x67, 0x66, 0xa1]) // mov eax, [InterruptStatus]
+        .op(&(BASE + 0x60).to_le_bytes())
+        .op(&[0x66, 0x85, 0xc0]) // test eax, eax
+        .jump(0x74, "nothing") // je nothing
+        .op(&[0x67, 0x66, 0xa3]) // mov [0x52c], eax
+        .op(&0x52c_u32.to_le_bytes())
         .op(&[0x67, 0x66, 0xa3]) // mov [InterruptACK], eax
         .op(&(BASE + 0x64).to_le_bytes())
         .op(&[0xff, 0x06, 0x00, 0x05]) // inc word [0x500]
+        .label("nothing")
         .op(&[0xb0, 0x20, 0xe6, 0x20]) // mov al, 0x20; out 0x20, al: end of interrupt
         .op(&[0x66, 0x58, 0xcf]); // pop eax; iret
     code
@@ -124,7 +131,9 @@ fn a_guest_program_reads_entropy_from_virtio_mmio() {
     );
     // Magic, version, type, largest size, status; after the reset status and events; the last event was a used buffer.
     assert_eq!(words, [MAGIC, 2, 4, 1024, 15, 0, 0]);
-    assert_eq!((machine.result32(0x2c), machine.result16(0), ended), (1, 2, 2));
+    assert_eq!((machine.result32(0x2c), machine.result16(0)), (1, 2));
+    // As many as there were: those that nobody has looked at meanwhile are one.
+    assert!(ended > 0, "ends of interrupts are told");
     assert_eq!(kicks, 0, "the kernel takes notifications");
     let mut used = [0; 20];
     machine.ram.read_slice(&mut used, GuestAddress(DEVICE.into())).unwrap();

@@ -203,6 +203,15 @@ tell did \"$(uptime_s) s: $(tail -n 1 /tmp/broken)\"
     )
 }
 
+/// The daemon of guest 7, and a relay to it that outlives it.
+fn served(host: &HostSide, arguments: &[&str]) -> Result<(Daemon, Relay), Failure> {
+    let mut daemon =
+        Daemon::new(DAEMON)?.args(arguments).args(["--guest-cid", "7", "--uds-path"]).args([&host.path]);
+    daemon.start()?;
+    let relay = Relay::start(&host.relay(), &daemon.socket())?;
+    Ok((daemon, relay))
+}
+
 /// Kills the daemon when the guest wants it, and starts it again.
 fn kill(guest: &mut Running, daemon: &mut Daemon) -> Result<(), Failure> {
     guest.wait_told("kill", 1).map_err(|error| error.with_log(DAEMON, &daemon.stderr()))?;
@@ -216,10 +225,7 @@ fn kill(guest: &mut Running, daemon: &mut Daemon) -> Result<(), Failure> {
 fn everything(lab: &Lab, test: &str, device: &str, arguments: &[&str]) -> Result<Outcome, Failure> {
     let host = HostSide::start()?;
     let bundle = Bundle::new(&[Path::new(AGENT)])?;
-    let mut daemon =
-        Daemon::new(DAEMON)?.args(arguments).args(["--guest-cid", "7", "--uds-path"]).args([&host.path]);
-    daemon.start()?;
-    let relay = Relay::start(&host.relay(), &daemon.socket())?;
+    let (mut daemon, relay) = served(&host, arguments)?;
     let agent = agent();
     let broken = broken(8, 0);
     let text = format!(
@@ -321,10 +327,7 @@ fn killed(test: &str, arguments: &[&str], packed: bool) -> Result<(), Failure> {
     let Some(lab) = lab::require(test) else { return Ok(()) };
     let host = HostSide::start()?;
     let bundle = Bundle::new(&[Path::new(AGENT)])?;
-    let mut daemon =
-        Daemon::new(DAEMON)?.args(arguments).args(["--guest-cid", "7", "--uds-path"]).args([&host.path]);
-    daemon.start()?;
-    let relay = Relay::start(&host.relay(), &daemon.socket())?;
+    let (mut daemon, relay) = served(&host, arguments)?;
     let device = "vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8";
     let text = format!(
         "

@@ -32,10 +32,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reactor::Mail;
-use vm_virtio::controls::Controls;
+use vm_virtio::controls::{ControlRequest, Controls};
 use vm_virtio::{
-    ConfigSpace, DeviceError, DeviceState, DeviceType, Features, HostReply, HostRequest, QueueSpec,
-    StateError, VirtioDevice,
+    ConfigSpace, DeviceError, DeviceState, DeviceType, Features, HostReply, QueueSpec, StateError,
+    VirtioDevice,
 };
 
 pub use backend::sibling::{Exchange, Visitor};
@@ -226,11 +226,8 @@ impl VirtioDevice for Vsock {
         controls::list()
     }
 
-    fn host_request(&mut self, request: HostRequest) -> Result<HostReply, vm_virtio::HostError> {
-        match request {
-            HostRequest::Control(request) => controls::carry_out(request, self.cid, &self.gauges),
-            _ => Err(vm_virtio::HostError::Unsupported),
-        }
+    fn control(&mut self, request: ControlRequest) -> Result<HostReply, vm_virtio::HostError> {
+        controls::carry_out(request, self.cid, &self.gauges)
     }
 
     fn workers(&mut self, mail: &[Mail<Visitor>]) -> Result<Vec<VsockWorker>, DeviceError> {

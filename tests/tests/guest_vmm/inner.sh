@@ -19,8 +19,14 @@ await() {
 	until eval "$1"; do sleep 0.1; done
 }
 
+# Says what is done next, so that it is known where this stopped.
+step() {
+	echo "$name: $*"
+}
+
 # An order for the VMM.
 vmm() {
+	step "tell the VMM: $*"
 	echo "VMM $*"
 	IFS= read -r answer
 	[ "$answer" = done ] || give_up "the console brought \"$answer\""
@@ -28,6 +34,7 @@ vmm() {
 
 # Bytes from the entropy device with this name.
 entropy() {
+	step "entropy of $1"
 	echo "$1" >/sys/class/misc/hw_random/rng_current || give_up "no $1"
 	bytes=$(dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c)
 	[ "$bytes" = 2048 ] || give_up "$1 gave $bytes bytes"
@@ -35,6 +42,7 @@ entropy() {
 
 # The names of all entropy devices, of which there are so many.
 sources() {
+	step "wait for $1 entropy devices" >/dev/hvc0
 	await "[ \$(wc -w </sys/class/misc/hw_random/rng_available) = $(($1 + 1)) ]"
 	sed 's/none//' /sys/class/misc/hw_random/rng_available
 }
@@ -83,6 +91,7 @@ bars() {
 
 # Who is bound to a driver, let go and taken again.
 rebind() {
+	step "let go and take again: $2"
 	echo "$2" >"$1/unbind" || give_up "cannot unbind $2"
 	[ -e "$1/$2" ] && give_up "$2 is still bound"
 	echo "$2" >"$1/bind" || give_up "cannot bind $2"
@@ -107,9 +116,11 @@ messages() {
 	rebind /sys/bus/pci/drivers/virtio-pci "$function"
 	for source in $(sources 4); do entropy "$source"; done
 	# Taken off the bus by its owner, and found again.
+	step "remove $function"
 	echo 1 >"/sys/bus/pci/devices/$function/remove"
 	[ -e "/sys/bus/pci/devices/$function" ] && give_up "$function is still there"
 	sources 3 >/dev/null
+	step rescan
 	echo 1 >/sys/bus/pci/rescan
 	for source in $(sources 4); do entropy "$source"; done
 	tell again "$function"

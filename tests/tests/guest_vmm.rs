@@ -27,7 +27,6 @@ const NOTIFICATION_DATA: u32 = 38;
 const RING_RESET: u32 = 40;
 
 #[test]
-#[ignore = "the inner guest now and then hangs in a read of hwrng after its device was removed and found again; not yet explained"]
 fn linux_on_our_buses() -> Result<(), Failure> {
     let Some(lab) = lab::require("linux_on_our_buses") else { return Ok(()) };
     let vmm = daemon::find(VMM)?;

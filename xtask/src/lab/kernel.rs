@@ -2,7 +2,8 @@
 //!
 //! `xtask/lab/kernel.config` says what is in it; after configuring, every option of that file is checked, because
 //! the kernel's build drops without a word what it does not know or whose conditions are not met. Two things are
-//! added to the source, see `xtask/lab/board.c`. Source and build folder (some gigabytes) go away at the end.
+//! added to the source, see `xtask/lab/board.c`, and one is changed, see [`INJECTED`]. Source and build folder (some
+//! gigabytes) go away at the end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -25,6 +26,18 @@ const ADDED: [(&str, &str); 3] = [
     ("board.c", include_str!("../../lab/board.c")),
     ("scmi.dtso", include_str!("../../lab/scmi.dtso")),
 ];
+/// Where KVM enters a guest on AMD's processors, as it is and as it becomes: a guest that is given an interrupt leaves again before
+/// its first instruction, by an interrupt that the host sends to itself.
+///
+/// QEMU's emulation of VMRUN delivers an injected interrupt, but keeps its vector as the exception that comes next (`helper_vmrun`,
+/// the case of `SVM_EVTINJ_TYPE_INTR`). Whatever then makes QEMU leave its loop for a moment, as the end of a slice of `-icount`
+/// does, delivers it again, and does not ask whether the guest takes interrupts. Linux, when this happens in the handler
+/// of an edge-triggered interrupt, waits for itself for ever. An exit forgets the vector.
+const INJECTED: (&str, &str, &str) = (
+    "arch/x86/kvm/svm/svm.c",
+    "\tif (force_immediate_exit)\n\t\tsmp_send_reschedule(vcpu->cpu);\n",
+    "\tif (force_immediate_exit || (svm->vmcb->control.event_inj & SVM_EVTINJ_VALID))\n\t\tsmp_send_reschedule(vcpu->cpu);\n",
+);
 /// CAN, SPI and RTC over virtio came with it.
 const OLDEST: (u32, u32) = (7, 2);
 /// Files that are compiled, roughly: only the progress bar wants to know.
@@ -46,6 +59,7 @@ pub(super) const HOST_TOOLS: [(&str, &str); 9] = [
 pub(super) fn part() -> Part {
     let mut pieces = vec!["1", apt::SUITE, CONFIG];
     pieces.extend(ADDED.iter().flat_map(|(name, text)| [*name, *text]));
+    pieces.extend(<[&str; 3]>::from(INJECTED));
     Part { name: "kernel", recipe: part::recipe(&pieces), needs: 4500 }
 }
 
@@ -60,6 +74,7 @@ pub(super) fn make(apt: &Apt, out: &Path, work: &Path, step: &mut Step) -> Resul
     fs::remove_file(&archive).map_err(|e| Error::file("remove", &archive, &e))?;
     let source = work.join(&package);
     add(&source)?;
+    change(&source, INJECTED)?;
 
     let build = work.join("build");
     let fragment = work.join("fragment");
@@ -121,6 +136,19 @@ fn add(source: &Path) -> Result<()> {
         .open(&list)
         .and_then(|mut file| file.write_all(b"\nobj-y += lab/\n"))
         .map_err(|e| Error::file("extend", &list, &e))
+}
+
+/// Replaces what stands once in a file of the source.
+fn change(source: &Path, (name, from, to): (&str, &str, &str)) -> Result<()> {
+    let path = source.join(name);
+    let text = fs::read_to_string(&path).map_err(|e| Error::file("read", &path, &e))?;
+    let found = text.matches(from).count();
+    if found != 1 {
+        let why = format!("{found} times in {name}: {from:?}");
+        return Err(Error::new("the kernel source is not as xtask/src/lab/kernel.rs expects it", why)
+            .fix("find what became of it, or whether QEMU needs it no longer"));
+    }
+    fs::write(&path, text.replacen(from, to, 1)).map_err(|e| Error::file("write", &path, &e))
 }
 
 /// Compares what the kernel's configuration became with what was asked for.

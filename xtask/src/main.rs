@@ -32,10 +32,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Boot a Linux guest that reads random bytes from our entropy daemon, and show how it went
+    /// Boot a Linux guest that uses our devices, and show how it went
     ///
-    /// Gets the guest lab first if it is not there (see `lab`), and builds the daemon. Succeeds if at most 5 of 1000
-    /// blocks of random bits look odd to rngtest.
+    /// Gets the guest lab first if it is not there (see `lab`), and builds the daemons. Succeeds if the disk gave back what was
+    /// written, console and socket carried the same to the host, and at most 5 of 1000 blocks of random bits look odd to rngtest.
     Demo,
     /// Build everything and run all tests, those in a guest too
     ///

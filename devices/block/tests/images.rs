@@ -2,6 +2,7 @@
 //! requests whose image fails, hangs, shrinks or is somebody else's.
 mod support;
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -508,20 +509,22 @@ fn locks_are_qemus() {
     works(&["-c", "write 0 512"], false);
     drop(reader);
     works(&["-c", "write 0 512"], true);
-    // The other way round: a qemu-io that has the image, until its input ends.
+    // The other way round: a qemu-io that has the image, until its input ends. It says so by its first answer: whoever tried to
+    // open the image to find out would have it himself for a moment, and turn qemu-io away.
     let mut other = Command::new("qemu-io")
         .args(["-f", "raw"])
         .arg(&path)
         .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + SOON;
-    while open(&path, WRITABLE).is_ok() {
-        assert!(Instant::now() < deadline, "qemu-io takes its locks");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    other.stdin.as_ref().unwrap().write_all(b"read 0 512\n").unwrap();
+    let mut says = BufReader::new(other.stdout.take().unwrap()).lines();
+    let said = says.next().expect("it has the image").unwrap();
+    assert!(said.contains("read 512/512"), "{said}");
+    assert!(open(&path, WRITABLE).is_err(), "qemu-io has taken its locks");
     drop(other.stdin.take());
+    says.for_each(drop);
     other.wait().unwrap();
     image(&path, WRITABLE);
 }

@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, PICKY, Puppet, Strings};
-use reactor::Mail;
+use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, Orders, PICKY, Puppet, Strings};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_virtio::transport::ccw::{
     Ccw, ChannelInterrupts, ENDED, Ending, INCORRECT_LENGTH, LONGEST, PROGRAM_CHECK, PROGRAM_CONTROLLED,
@@ -52,7 +51,7 @@ impl ChannelInterrupts for Heard {
 struct Rig {
     ccw: Arc<Ccw<Puppet>>,
     lanes: Vec<LaneRunner<Strings>>,
-    mail: Vec<Mail<Order>>,
+    orders: Vec<Orders>,
     heard: Arc<Heard>,
     ram: TestRam,
     rings: Vec<RingDriver>,
@@ -76,16 +75,16 @@ impl Rig {
         let mut options = Options::new(Arc::new(Ear::default()));
         options.patience = patience;
         options.kicks = if threads { Kicks::Files } else { Kicks::Calls };
-        let (device, mails) = Puppet::new();
+        let (device, orders) = Puppet::new();
         let (ccw, mut lanes) = Ccw::new(device, options, heard.clone()).unwrap();
-        let mail = mails.recv().unwrap();
+        let orders = orders.recv().unwrap();
         drop(ccw.memory(ram.ram(), WaitFor::NewRequests));
         if threads {
             for lane in lanes.drain(..) {
                 drop(std::thread::spawn(move || lane.run()));
             }
         }
-        Rig { ccw: Arc::new(ccw), lanes, mail, heard, ram, rings: Vec::new() }
+        Rig { ccw: Arc::new(ccw), lanes, orders, heard, ram, rings: Vec::new() }
     }
 
     fn write(&self, at: u64, data: &[u8]) {
@@ -455,7 +454,7 @@ fn ccw_4_3_3_1_1_classic_interrupts() {
         rig.write(INDICATORS, &[0; 8]);
         rig.answer(queue);
     }
-    rig.mail[0].send(Order::Configure(9)).unwrap();
+    rig.orders[0].tell(Order::Configure(9));
     assert_eq!(rig.interrupt(), None);
     assert_eq!(u64::from_be_bytes(rig.read(CONFIG_INDICATORS)), 1);
     assert_eq!(u64::from_be_bytes(rig.read(INDICATORS)), 0);
@@ -487,7 +486,7 @@ fn ccw_4_3_3_1_2_adapter_interrupts() {
     rig.ask(1);
     assert_eq!(rig.interrupt(), Some(6));
     // Changes of the configuration come as ever.
-    rig.mail[0].send(Order::Configure(9)).unwrap();
+    rig.orders[0].tell(Order::Configure(9));
     assert_eq!(rig.interrupt(), None);
     assert_eq!(u64::from_be_bytes(rig.read(CONFIG_INDICATORS)), 1);
 }
@@ -514,14 +513,14 @@ fn ccw_4_3_3_2_1_notifications() {
 fn ccw_4_3_3_3_1_a_reset_is_over_when_its_command_is() {
     let mut rig = Rig::live();
     for _ in 0..30 {
-        rig.mail[0].send(Order::Be(Mode::Hold)).unwrap();
+        rig.orders[0].tell(Order::Be(Mode::Hold));
         rig.ask(0);
         rig.ask(1);
         assert_eq!(rig.command(0x33, 0, &[]), GOOD);
         assert_eq!(rig.status(), 0);
         rig.heard.0.lock().unwrap().clear();
         rig.write(INDICATORS, &[0; 8]);
-        rig.mail[0].send(Order::Configure(7)).unwrap();
+        rig.orders[0].tell(Order::Configure(7));
         rig.ask(1);
         assert_eq!((rig.read(INDICATORS), rig.silent()), ([0; 8], true));
         rig.go(RingLayout::Split, Features::empty());
@@ -531,10 +530,10 @@ fn ccw_4_3_3_3_1_a_reset_is_over_when_its_command_is() {
 #[test]
 fn policy_7_a_reset_that_hangs_does_not_end_well() {
     // Longer than anything takes but the reset that hangs (5 seconds).
-    let mut rig = Rig::on(memory(), Duration::from_secs(1), true);
+    let mut rig = Rig::on(memory(), Duration::from_secs(4), true);
     rig.revision(2);
     rig.go(RingLayout::Split, Features::empty());
-    rig.mail[0].send(Order::Be(Mode::Hang)).unwrap();
+    rig.orders[0].tell(Order::Be(Mode::Hang));
     rig.ask(0);
     rig.until("not taken", |rig| rig.ccw.engine().stats(0).unwrap().out == 1);
     assert_eq!(rig.command(0x33, 0, &[]), REJECTED);

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, PICKY, Puppet, Strings};
-use reactor::Mail;
+use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, Orders, PICKY, Puppet, Strings};
 use virtio_testkit::hostile::Breakage;
 use virtio_testkit::transport::TestLine;
 use virtio_testkit::{Buf, RingDriver, RingLayout, TestRam};
@@ -91,7 +90,7 @@ fn options(kicks: Kicks, patience: Duration) -> Options {
 struct Rig {
     mmio: Arc<Mmio<Puppet>>,
     lanes: Vec<LaneRunner<Strings>>,
-    mail: Vec<Mail<Order>>,
+    orders: Vec<Orders>,
     line: Arc<TestLine>,
     ram: TestRam,
     rings: Vec<RingDriver>,
@@ -107,12 +106,12 @@ impl Rig {
 
     fn on(ram: TestRam, kicks: Kicks, patience: Duration) -> Rig {
         let line = Arc::new(TestLine::default());
-        let (device, mails) = Puppet::new();
+        let (device, orders) = Puppet::new();
         let (mmio, lanes) = Mmio::new(device, options(kicks, patience), 0x1234, line.clone()).unwrap();
         drop(mmio.engine().memory(ram.ram(), WaitFor::NewRequests));
-        let mail = mails.recv().unwrap();
+        let orders = orders.recv().unwrap();
         let (rings, features) = (Vec::new(), Features::empty());
-        Rig { mmio: Arc::new(mmio), lanes, mail, line, ram, rings, features }
+        Rig { mmio: Arc::new(mmio), lanes, orders, line, ram, rings, features }
     }
 
     fn load(&self, offset: u64) -> u32 {
@@ -215,7 +214,7 @@ impl Rig {
     }
 
     fn tell(&mut self, queue: usize, order: Order) {
-        self.mail[queue].send(order).unwrap();
+        self.orders[queue].give(order);
         self.settle();
     }
 
@@ -754,6 +753,15 @@ fn answer(rig: &mut Rig, queue: usize) {
     }
 }
 
+/// Waits until the worker has a request.
+fn taken(rig: &Rig, queue: u16) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while rig.mmio.engine().stats(queue).unwrap().out == 0 {
+        assert!(Instant::now() < deadline, "not taken");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
 /// Linux' driver writes 0 and goes on at once.
 #[test]
 fn mmio_4_2_2_1_a_reset_is_over_when_the_write_is() {
@@ -774,8 +782,9 @@ fn mmio_4_2_2_1_a_reset_is_over_when_the_write_is() {
 fn mmio_4_2_2_2_a_queue_is_stopped_when_the_write_is_over() {
     let mut rig = threaded(Duration::from_secs(20));
     rig.go(RingLayout::Split, Features::empty());
-    rig.mail[0].send(Order::Be(Mode::Hold)).unwrap();
+    rig.orders[0].tell(Order::Be(Mode::Hold));
     rig.ask(0);
+    taken(&rig, 0);
     rig.store(QUEUE_SEL, 0);
     rig.store(QUEUE_READY, 0);
     assert_eq!(rig.load(QUEUE_READY), 0);
@@ -784,15 +793,12 @@ fn mmio_4_2_2_2_a_queue_is_stopped_when_the_write_is_over() {
 #[test]
 fn policy_7_a_reset_that_hangs_holds_no_cpu_and_is_not_over() {
     // Longer than anything takes but the reset that hangs (5 seconds).
-    let mut rig = threaded(Duration::from_secs(1));
+    let mut rig = threaded(Duration::from_secs(4));
     rig.go(RingLayout::Split, Features::empty());
-    rig.mail[0].send(Order::Be(Mode::Hang)).unwrap();
+    rig.orders[0].tell(Order::Be(Mode::Hang));
     rig.ask(0);
+    taken(&rig, 0);
     let deadline = Instant::now() + Duration::from_secs(20);
-    while rig.mmio.engine().stats(0).unwrap().out == 0 {
-        assert!(Instant::now() < deadline);
-        std::thread::sleep(Duration::from_millis(1));
-    }
     rig.store(STATUS, 0);
     assert_ne!(rig.load(STATUS), 0);
     // Everybody else goes on meanwhile.
@@ -816,7 +822,7 @@ fn policy_7_a_reset_that_hangs_holds_no_cpu_and_is_not_over() {
 fn policy_8_cpus_that_get_in_each_others_way() {
     let mut rig = threaded(Duration::from_secs(20));
     rig.go(RingLayout::Split, Features::RING_RESET);
-    rig.mail[0].send(Order::Be(Mode::Hold)).unwrap();
+    rig.orders[0].tell(Order::Be(Mode::Hold));
     let (mmio, config) = (rig.mmio.clone(), rig.rings[0].queue_config());
     std::thread::scope(|scope| {
         let store = |offset: u64, value: u32| mmio.write(offset, &value.to_le_bytes());

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, PICKY, Puppet, Strings};
-use reactor::Mail;
+use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, Orders, PICKY, Puppet, Strings};
 use virtio_testkit::transport::{TestFunction, VECTORS};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_virtio::shared_memory::ShmRegion;
@@ -47,7 +46,7 @@ const NEEDS_RESET: u64 = 64;
 struct Rig {
     pci: Arc<Pci<Puppet>>,
     lanes: Vec<LaneRunner<Strings>>,
-    mail: Vec<Mail<Order>>,
+    orders: Vec<Orders>,
     function: Arc<TestFunction>,
     ram: TestRam,
     rings: Vec<RingDriver>,
@@ -62,13 +61,21 @@ impl Rig {
     fn on(ram: TestRam, kicks: Kicks, patience: Duration) -> Rig {
         let mut options = Options::new(Arc::new(Ear::default()));
         (options.kicks, options.patience) = (kicks, patience);
-        let (device, mails) = Puppet::new();
+        let (device, orders) = Puppet::new();
         let (pci, lanes) = Pci::new(device, options, VECTORS).unwrap();
         let function = Arc::new(TestFunction::default());
         pci.connect(function.clone());
         drop(pci.engine().memory(ram.ram(), WaitFor::NewRequests));
-        let mail = mails.recv().unwrap();
-        Rig { pci: Arc::new(pci), lanes, mail, function, ram, rings: Vec::new(), features: Features::empty() }
+        let orders = orders.recv().unwrap();
+        Rig {
+            pci: Arc::new(pci),
+            lanes,
+            orders,
+            function,
+            ram,
+            rings: Vec::new(),
+            features: Features::empty(),
+        }
     }
 
     fn load(&self, offset: u64, width: usize) -> u64 {
@@ -160,7 +167,7 @@ impl Rig {
     }
 
     fn tell(&mut self, queue: usize, order: Order) {
-        self.mail[queue].send(order).unwrap();
+        self.orders[queue].give(order);
         self.settle();
     }
 
@@ -585,7 +592,7 @@ fn snapshot_a_device_goes_on_behind_another_function() {
     rig.function.enable_messages(true);
     rig.select(1);
     rig.store(QUEUE_VECTOR, 2, 5);
-    rig.mail[0].send(Order::Configure(9)).unwrap();
+    rig.orders[0].tell(Order::Configure(9));
     until("no change", || rig.pci.engine().config().generation() != 0);
     rig.pci.engine().suspend().wait().unwrap();
     let buf = rig.ram.writable(8);

@@ -1,7 +1,9 @@
 //! A device that does what a test tells it: for tests of transports.
 #![allow(dead_code, reason = "each test uses a part of it")]
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use reactor::Mail;
 use serde::{Deserialize, Serialize};
@@ -43,10 +45,36 @@ pub(crate) enum Order {
     Fail,
 }
 
+/// Where a test tells a worker what to do.
+pub(crate) struct Orders {
+    mail: Mail<Order>,
+    given: usize,
+    obeyed: Arc<AtomicUsize>,
+}
+
+impl Orders {
+    /// For a lane that the test steps: the next step obeys.
+    pub(crate) fn give(&mut self, order: Order) {
+        self.mail.send(order).unwrap();
+        self.given += 1;
+    }
+
+    /// For a lane on a thread: waits until the worker has obeyed. Requests come on another way than orders, and a turn that is
+    /// under way serves those that it meets before it reads its mail: what is asked next would be served the old way.
+    pub(crate) fn tell(&mut self, order: Order) {
+        self.give(order);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.obeyed.load(Ordering::Acquire) < self.given {
+            assert!(Instant::now() < deadline, "{order:?} is not obeyed");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
 /// The device. Its configuration space: 6 bytes, of which a driver can change the last two.
 pub(crate) struct Puppet {
     config: Arc<ConfigSpace>,
-    mail: Sender<Vec<Mail<Order>>>,
+    orders: Sender<Vec<Orders>>,
     /// Of workers that were not told otherwise.
     mode: Mode,
 }
@@ -57,17 +85,18 @@ pub(crate) struct Strings {
     held: Vec<(u16, Chain)>,
     served: u64,
     config: Arc<ConfigSpace>,
+    obeyed: Arc<AtomicUsize>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Served(Vec<u64>);
 
 impl Puppet {
-    /// A device, and where its mailboxes come out.
-    pub(crate) fn new() -> (Puppet, Receiver<Vec<Mail<Order>>>) {
-        let (mail, mails) = channel();
+    /// A device, and where it gets its orders: one a worker.
+    pub(crate) fn new() -> (Puppet, Receiver<Vec<Orders>>) {
+        let (orders, all) = channel();
         let config = Arc::new(ConfigSpace::new(vec![1, 2, 3, 4, 5, 6]));
-        (Puppet { config, mail, mode: Mode::Echo }, mails)
+        (Puppet { config, orders, mode: Mode::Echo }, all)
     }
 
     /// One that counts requests.
@@ -109,9 +138,18 @@ impl VirtioDevice for Puppet {
         &[ShmRegion { id: 3, size: 0x9_0000_1000 }]
     }
     fn workers(&mut self, mail: &[Mail<Order>]) -> Result<Vec<Strings>, DeviceError> {
-        let _ = self.mail.send(mail.to_vec());
-        let worker = || Strings { mode: self.mode, held: Vec::new(), served: 0, config: self.config.clone() };
-        Ok(vec![worker(), worker()])
+        let order = |mail: &Mail<Order>| Orders { mail: mail.clone(), given: 0, obeyed: Arc::default() };
+        let orders: Vec<_> = mail.iter().map(order).collect();
+        let worker = |orders: &Orders| Strings {
+            mode: self.mode,
+            held: Vec::new(),
+            served: 0,
+            config: self.config.clone(),
+            obeyed: orders.obeyed.clone(),
+        };
+        let workers = orders.iter().map(worker).collect();
+        let _ = self.orders.send(orders);
+        Ok(workers)
     }
     fn save(&self, workers: &[Strings]) -> Result<DeviceState, StateError> {
         DeviceState::encode(1, &Served(workers.iter().map(|worker| worker.served).collect()))
@@ -181,6 +219,7 @@ impl Worker for Strings {
             }
             Order::Fail => return Err(DeviceError::new("told to fail")),
         }
+        self.obeyed.fetch_add(1, Ordering::Release);
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
@@ -22,6 +22,10 @@ const PATH_MAX: usize = 107;
 
 /// Connections of control clients that may wait to be accepted.
 const BACKLOG: i32 = 128;
+
+/// How long a directory may be locked by another daemon that binds its socket there. That takes far below a millisecond,
+/// unless the machine stands still in the middle of it.
+const LOCKED: Duration = Duration::from_secs(2);
 
 /// Where one guest's front-end comes from.
 #[derive(Debug)]
@@ -183,18 +187,20 @@ impl Drop for SocketFile {
     }
 }
 
-/// Keeps two daemons that start at once from taking each other's socket for a stale one. Advisory, short, and not
-/// vital: a directory that cannot be locked is used without.
+/// Keeps two daemons that start at once from taking each other's socket for a stale one. Advisory, and not vital: a
+/// directory that cannot be locked, or that somebody keeps locked for [`LOCKED`], is used without.
 fn lock_directory(path: &Path) -> Option<File> {
     let directory = File::open(parent(path)).ok()?;
-    for _ in 0..10 {
+    let deadline = Instant::now() + LOCKED;
+    loop {
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Some(directory),
-            Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(Duration::from_millis(1)),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             Err(_) => return None,
         }
     }
-    None
 }
 
 impl Listener {

@@ -171,6 +171,9 @@ impl DaemonProcess {
         if let Err(what) = await_ready(&mut word, || Instant::now() < deadline) {
             panic!("the daemon {what}");
         }
+        // It closes the descriptor a moment after its word: who counts descriptors from here on counts the same for ever.
+        let more = word.read(&mut [0; 1]).expect("a pipe");
+        assert_eq!(more, 0, "the daemon says more than that it is ready");
         daemon
     }
 

@@ -318,7 +318,7 @@ fn peers_a_back_end_that_vanishes_at_any_message_is_found_again_and_nothing_is_l
 
 #[test]
 fn peers_a_back_end_that_answers_any_message_with_nonsense_is_cut_off_and_found_again() {
-    at_each_message(Mischief::Nonsense, 1, impatient);
+    at_each_message(Mischief::Nonsense, 1, echo_options);
 }
 
 #[test]

@@ -4,20 +4,17 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use serde_json::Value;
+use virtio_testkit::daemon::TempDir;
 
 /// A socket in a folder that ends with the test, and what is done with each connection to it.
-struct Backend(PathBuf);
+struct Backend(PathBuf, #[expect(dead_code, reason = "held for its drop")] TempDir);
 
 impl Backend {
     fn new(serve: impl Fn(UnixStream) + Send + Clone + 'static) -> Backend {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vhost-check-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let folder = std::env::temp_dir().join(name);
-        std::fs::create_dir(&folder).expect("a new folder");
+        let folder = TempDir::new();
         let path = folder.join("socket");
         let listener = UnixListener::bind(&path).expect("a listener");
         // It ends with the test's process.
@@ -27,15 +24,7 @@ impl Backend {
                 thread::spawn(move || serve(stream));
             }
         });
-        Backend(path)
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        if let Some(folder) = self.0.parent() {
-            let _ = std::fs::remove_dir_all(folder);
-        }
+        Backend(path, folder)
     }
 }
 

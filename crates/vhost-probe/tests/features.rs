@@ -2,29 +2,18 @@
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use vhost_user::{Answer, BackendEndpoint, FrontendRequest as Request, ProtocolFeatures, Received};
+use virtio_testkit::daemon::TempDir;
 
 /// A socket in a directory that ends with the test.
-struct Socket(PathBuf);
+struct Socket(PathBuf, #[expect(dead_code, reason = "held for its drop")] TempDir);
 
 impl Socket {
     fn new() -> Socket {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vhost-probe-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let folder = std::env::temp_dir().join(name);
-        std::fs::create_dir(&folder).expect("a new folder");
-        Socket(folder.join("socket"))
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if let Some(folder) = self.0.parent() {
-            let _ = std::fs::remove_dir_all(folder);
-        }
+        let folder = TempDir::new();
+        Socket(folder.join("socket"), folder)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Daemons say that they are ready on a descriptor (`--ready-fd`). A shell makes one of our pipe: its number is certain
 //! there, no other child of the test inherits it, and nothing has to be done between fork and exec.
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -29,10 +29,16 @@ impl TempDir {
     #[expect(clippy::new_without_default, reason = "it makes a directory")]
     pub fn new() -> TempDir {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("testkit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).expect("a new directory");
-        TempDir(path)
+        loop {
+            let name = format!("testkit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+            let path = std::env::temp_dir().join(name);
+            match std::fs::create_dir(&path) {
+                Ok(()) => return TempDir(path),
+                // Of a process that had this number, and was killed.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => panic!("no new directory {}: {error}", path.display()),
+            }
+        }
     }
 
     /// Where it is.
@@ -307,5 +313,23 @@ impl Drop for DaemonProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_of_the_same_number_left_behind_is_in_nobodys_way() {
+        let own = TempDir::new();
+        let own = own.path().to_str().unwrap();
+        let (name, number) = own.rsplit_once('-').unwrap();
+        let left = (1..=32).map(|n| format!("{name}-{}", number.parse::<u32>().unwrap() + n));
+        // Tests beside this one may have taken some.
+        let left: Vec<_> = left.filter(|path| std::fs::create_dir(path).is_ok()).collect();
+        let new = TempDir::new();
+        assert!(!left.iter().any(|path| new.path() == Path::new(path)));
+        left.iter().for_each(|path| std::fs::remove_dir(path).unwrap());
     }
 }

@@ -14,12 +14,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_testkit::conformance::{Request, Subject};
+use virtio_testkit::daemon::TempDir;
 
 use memory::Memory;
 use message::{Message, field};
@@ -80,7 +81,7 @@ const NEEDS_RESET: u8 = 64;
 
 /// A running back-end, in a folder of its own.
 pub(crate) struct Reference {
-    folder: PathBuf,
+    folder: TempDir,
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -88,10 +89,7 @@ pub(crate) struct Reference {
 impl Reference {
     /// One that breaks the rule of that name; none: the right one.
     pub(crate) fn start(mutant: &'static str) -> Reference {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("reference-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let folder = std::env::temp_dir().join(name);
-        std::fs::create_dir(&folder).expect("a new folder");
+        let folder = TempDir::new();
         let listener = UnixListener::bind(folder.join("socket")).expect("a listener");
         listener.set_nonblocking(true).expect("non-blocking");
         let over = Arc::new(AtomicBool::new(false));
@@ -109,7 +107,6 @@ impl Drop for Reference {
     fn drop(&mut self) {
         self.over.store(true, Ordering::SeqCst);
         let ended = self.thread.take().map(JoinHandle::join);
-        let _ = std::fs::remove_dir_all(&self.folder);
         if !std::thread::panicking() && matches!(ended, Some(Err(_))) {
             panic!("the reference back-end panicked");
         }

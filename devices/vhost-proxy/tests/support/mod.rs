@@ -7,13 +7,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_proxy::{ConfigSource, Proxy, ProxyOptions, ProxyStats};
+use virtio_testkit::daemon::TempDir;
 use virtio_testkit::{Buf, RingDriver, RingLayout, TestRam, Used};
 use vm_virtio::{
     Call, DeviceType, Engine, EngineOptions, EventFd, Features, HostEvent, HostEvents, Interrupt, Kick,
@@ -23,39 +24,16 @@ use vm_virtio::{
 /// Longer than anything takes.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// A directory that ends with the test.
-pub struct Directory(PathBuf);
-
-impl Directory {
-    pub fn new() -> Directory {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vhost-proxy-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).expect("a new directory");
-        Directory(path)
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// The back-end of this crate's example, on a socket that outlives it.
 pub struct Backend {
-    directory: Arc<Directory>,
+    directory: Arc<TempDir>,
     args: Vec<String>,
     child: Option<Child>,
 }
 
 impl Backend {
     pub fn start(args: &[&str]) -> Backend {
-        let directory = Arc::new(Directory::new());
+        let directory = Arc::new(TempDir::new());
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
         let mut backend = Backend { directory, args, child: None };
         backend.restart();
@@ -63,7 +41,7 @@ impl Backend {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.directory.path("backend.sock")
+        self.directory.join("backend.sock")
     }
 
     /// Starts it (again) and waits for its word that it is ready.

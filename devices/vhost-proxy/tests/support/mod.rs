@@ -282,7 +282,7 @@ impl Guest {
     }
 
     pub fn stop(&mut self, queue: usize) -> Result<QueueState, StopError> {
-        self.engine.stop(queue as u16, Stop::Drain, None).wait()
+        self.engine.stop(queue as u16, Stop::Drain, Some(Instant::now() + SOON)).wait()
     }
 
     pub fn reset(&mut self) {

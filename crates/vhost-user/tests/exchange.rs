@@ -208,6 +208,8 @@ fn connect_finds_a_listening_back_end() {
     let directory = std::env::temp_dir().join(format!("vhost-user-connect-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
     let path = directory.join("socket");
+    // Of a process that had this number, and was killed.
+    let _ = std::fs::remove_file(&path);
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let mut frontend = FrontendEndpoint::connect(&path).unwrap();
     let server = serve(listener.accept().unwrap().0, answer_of);

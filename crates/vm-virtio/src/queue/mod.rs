@@ -241,7 +241,7 @@ impl Queue {
 
     /// Takes the next buffer that the driver made available. `None` if there is none, the queue is closed, faulted
     /// (now or before), out of budget, or waits for [a translation](Self::miss).
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Option<Chain> {
         match &self.ring {
             Ring::Split(_) => self.pop_split(),
@@ -277,10 +277,15 @@ impl Queue {
             return self.pop_otherwise(Why::Empty);
         }
         match self.arena.make().map(|slot| slot.is_some()) {
-            Ok(true) => self.pop(),
+            Ok(true) => self.pop_new(),
             Ok(false) => self.pop_otherwise(Why::Empty),
             Err(error) => self.stumbled(error),
         }
+    }
+
+    #[inline(never)]
+    fn pop_new(&mut self) -> Option<Chain> {
+        self.pop()
     }
 
     /// What there is to pop breaks a rule, or misses a translation.
@@ -310,7 +315,7 @@ impl Queue {
     /// [published](Self::publish).
     ///
     /// A chain of another queue is refused: it is counted here, and goes back to its own queue as if dropped.
-    #[inline]
+    #[inline(always)]
     pub fn add_used(&mut self, chain: Chain, written: u32) {
         let slot = match self.arena.end(chain) {
             Ok(slot) => slot,
@@ -444,7 +449,7 @@ impl Queue {
 
     /// For the lane runtime: makes the completions since the last time visible to the driver, at once. Returns whether
     /// the driver wants an interrupt for them. Takes back dropped chains first.
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> bool {
         if self.arena.has_dropped() || self.way == Way::Long {
             return self.publish_slowly();

@@ -323,7 +323,7 @@ impl Packed {
 /// Popping: see the split ring's.
 impl Queue {
     /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves.
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn pop_packed(&mut self) -> Option<Chain> {
         if self.arena.popped() >= self.limit {
             return self.pop_otherwise(Why::Limit);

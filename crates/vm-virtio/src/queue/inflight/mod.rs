@@ -14,11 +14,12 @@
 //! The format is ours. The document says how a region "can be implemented", and gives it a version: what is in it is between a
 //! back-end and its successor, the front-end keeps it unread. Its own version 1 needs at least five stores for each chain
 //! (split), or eleven (packed, two descriptors), because it says of a chain that it is not in flight any more *after* the ring
-//! has said so: a chain, a batch and the ring's index are undone, or done to the end, from three places. Version 2 asks the ring. A chain
+//! has said so: a chain, a batch and the ring's index are undone, or done to the end, from three places. Ours asks the ring. A chain
 //! that is done has the number of its used entry, and is in flight as long as the ring's used index is not above that. So
 //! the one store that gives a batch to the driver also takes it out of the region; before it, all of the batch is in flight, and behind it
 //! nothing is left to be stored. Numbers are of 64 bits and never used twice, so that what is left of former chains
-//! cannot be taken for anything else. A region of version 1 is refused.
+//! cannot be taken for anything else. Regions of the versions 1, and 2, which kept states and ring words of packed queues
+//! together, are refused.
 //!
 //! Why a kill does no harm. Between two chains nothing is shared but the order of their numbers, and each step below is one
 //! store that decides: `done` becomes [`OUT`] (popped), a number that is not published yet (done: still in flight), and
@@ -46,7 +47,7 @@ use packed::PackedInflight;
 use split::SplitInflight;
 
 /// The one version of the formats.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Of a chain: the device has it.
 const OUT: u64 = u64::MAX;

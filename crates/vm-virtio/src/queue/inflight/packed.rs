@@ -1,11 +1,18 @@
 //! The region of a packed queue.
 //!
-//! | word | header | entry, one for each descriptor of the ring | place, for descriptors that are saved; as many |
-//! |---|---|---|---|
-//! | 0 | features: 0 | state of the list that begins there | of a list's first: its state |
-//! | 1 | version, desc_num (16 each), padding | what was in the ring before the batch was | of a list's first: its position |
-//! | 2, 3 | two used positions | | 2: the next place, of a list's first also their number (16 each) |
-//! | | | | 3, 4: id, flags and length; address |
+//! Four things follow each other: the header; for each descriptor of the ring the state of the list that begins there, a
+//! word each; for each what was in the ring before the batch was, a word each; as many places for descriptors that are saved.
+//!
+//! | word | header | place |
+//! |---|---|---|
+//! | 0 | features: 0 | of a list's first: its state |
+//! | 1 | version, desc_num (16 each), padding | of a list's first: its position |
+//! | 2, 3 | two used positions | 2: the next place, of a list's first also their number (16 each) |
+//! | 3, 4 | | id, flags and length; address |
+//!
+//! States are not in entries of 16 bytes, as descriptors are: region and ring both begin pages, so that the state of a list
+//! would have the low address bits of a descriptor that is read soon after, and by those alone a processor guesses which of
+//! the stores under way a load has to wait for.
 //!
 //! Positions are numbers of 64 bits: laps, and the place in the ring. A state is [`OUT`], or the used position that the list
 //! was done at. What is below the used position that the driver has seen is published; all else is in flight.
@@ -46,7 +53,8 @@ use super::{
     in_order, sizes,
 };
 
-type Entries = Table<4, 2>;
+type States = Table<4, 1>;
+type Kept = Table<0, 1>;
 type Places = Table<0, 5>;
 
 /// Of what a chain has noted as its place: it is one for saved lists, not one in the ring. No ring has as many.
@@ -55,7 +63,8 @@ const SAVED: u16 = 1 << 15;
 const NOBODY: u32 = u32::MAX;
 
 pub(in super::super) struct PackedInflight {
-    entries: Entries,
+    states: States,
+    kept: Kept,
     /// Where the next used descriptor goes.
     used: u64,
     /// Which of the used positions is the older one.
@@ -115,20 +124,20 @@ impl Saved {
 }
 
 impl PackedInflight {
-    fn new(entries: Entries, places: Places, size: u16, used: u64) -> PackedInflight {
+    fn new(states: States, kept: Kept, places: Places, size: u16, used: u64) -> PackedInflight {
         let saved = Saved {
             places,
             next: (1..=size).collect(),
             free: 0,
             batch: Vec::with_capacity(usize::from(size)),
         };
-        PackedInflight { entries, used, second: false, out: Box::default(), size, saved }
+        PackedInflight { states, kept, used, second: false, out: Box::default(), size, saved }
     }
 
     /// Notes the list that begins at this place of the ring.
     #[inline(always)]
     pub(in super::super) fn pop(&mut self, arena: &Arena, slot: &Slot, place: u16) {
-        if let Some([state, _]) = self.entries.entry(place) {
+        if let Some([state]) = self.states.entry(place) {
             state.store(OUT);
         }
         slot.set_entry(place);
@@ -168,12 +177,12 @@ impl PackedInflight {
         if let Some(out) = self.out.get_mut(usize::from(entry)) {
             *out = NOBODY;
         }
-        self.entries.entry(entry).map(|[state, _]| state)
+        self.states.entry(entry).map(|[state]| state)
     }
 
     /// A used descriptor that is not published yet is going to be written there.
     pub(in super::super) fn keep(&self, ring: &PackedRing, at: Cursor) {
-        if let (Some([_, kept]), Some(word)) = (self.entries.entry(at.index()), ring.word(at)) {
+        if let (Some([kept]), Some(word)) = (self.kept.entry(at.index()), ring.word(at)) {
             kept.store(word);
         }
     }
@@ -182,9 +191,9 @@ impl PackedInflight {
     /// nothing is done. `keep`: as [`Self::keep`].
     #[inline(always)]
     pub(in super::super) fn put_in_order(&mut self, slot: &Slot, keep: Option<u64>, place: u16) -> bool {
-        match self.entries.entry(place) {
-            Some([state, kept]) if slot.entry() == place => {
-                if let Some(word) = keep {
+        match self.states.entry(place) {
+            Some([state]) if slot.entry() == place => {
+                if let (Some(word), Some([kept])) = (keep, self.kept.entry(place)) {
                     kept.store(word);
                 }
                 state.store(self.used);
@@ -241,7 +250,7 @@ impl PackedInflight {
             .filter_map(|next| ring.raw(self.place(behind.wrapping_add(next))))
             .collect();
         let Some(first) = self.saved.add(position, &descs) else { return };
-        if let Some([state, _]) = self.entries.entry(place) {
+        if let Some([state]) = self.states.entry(place) {
             state.store(NEVER);
         }
         if let Some(out) = self.out.get_mut(usize::from(place)) {
@@ -253,7 +262,7 @@ impl PackedInflight {
     /// The ring's flags are going to be stored next.
     #[inline(always)]
     pub(in super::super) fn publishing(&mut self) {
-        let [_, _, first, second] = self.entries.header();
+        let [_, _, first, second] = self.states.header();
         (if self.second { second } else { first }).store(self.used);
         self.second = !self.second;
     }
@@ -273,12 +282,12 @@ impl PackedInflight {
 
     /// The queue is reset: nothing is in flight any more.
     pub(in super::super) fn forget(self) {
-        let [_, word, ..] = self.entries.header();
+        let [_, word, ..] = self.states.header();
         word.store(0);
     }
 
     pub(in super::super) fn is_lost(&self) -> bool {
-        self.entries.is_poisoned()
+        self.states.is_poisoned()
     }
 }
 
@@ -384,13 +393,14 @@ pub(super) fn recover(
     size: u16,
     state: &QueueState,
 ) -> Result<Recovered, QueueError> {
-    let entries = Entries::new(region, 0, size)?;
+    let states = States::new(region, 0, size)?;
+    let kept = Kept::new(region, 4 + usize::from(size), size)?;
     let places = Places::new(region, 4 + 2 * usize::from(size), size)?;
-    let [features, word, first, second] = entries.header();
+    let [features, word, first, second] = states.header();
     let (features, word) = (features.load(), word.load());
     if !check_format(features, field(word, 0))? {
         check_fresh(state)?;
-        return Ok(fresh(entries, places, size, state.used));
+        return Ok(fresh(states, kept, places, size, state.used));
     }
     if field(word, 16) != size {
         return Err(InflightError::QueueSize(field(word, 16)).into());
@@ -408,11 +418,14 @@ pub(super) fn recover(
     let mut found = Vec::with_capacity(usize::from(size));
     let mut at = Cursor::available(ring_pos(used, size));
     for _ in 0..size {
-        let (Some([state, kept]), Some(desc)) = (entries.entry(at.index()), ring.raw(at.index())) else {
+        let index = at.index();
+        let (Some([state]), Some([word]), Some(desc)) =
+            (states.entry(index), kept.entry(index), ring.raw(index))
+        else {
             break;
         };
         let overwritten = ring.is_overwritten(at);
-        let desc = if overwritten { Desc::new(desc.addr, kept.load()) } else { desc };
+        let desc = if overwritten { Desc::new(desc.addr, word.load()) } else { desc };
         found.push(Found { at, desc, overwritten, head: in_flight(state.load(), used)? });
         ring.step(&mut at);
     }
@@ -421,7 +434,7 @@ pub(super) fn recover(
     let avail = used + lists.descs as u64;
     in_order(&mut lists.found)?;
 
-    let mut tracker = PackedInflight::new(entries, places, size, used);
+    let mut tracker = PackedInflight::new(states, kept, places, size, used);
     let saved = &mut tracker.saved;
     (saved.next, saved.free) = (lists.next, size);
     for ((place, next), taken) in (0..).zip(&mut saved.next).zip(lists.taken) {
@@ -444,14 +457,14 @@ pub(super) fn recover(
         again.push(Pending::Packed(SAVED | first, list));
     }
     for Found { at, desc, overwritten, head } in found {
-        if let (true, Some([state, _])) = (head, tracker.entries.entry(at.index())) {
+        if let (true, Some([state])) = (head, tracker.states.entry(at.index())) {
             state.store(NEVER);
         }
         if overwritten {
             ring.make_available(at, desc);
         }
     }
-    let [_, _, first, second] = tracker.entries.header();
+    let [_, _, first, second] = tracker.states.header();
     for (place, was) in [(first, first_used), (second, second_used)] {
         if was != used {
             place.store(used);
@@ -465,21 +478,21 @@ pub(super) fn recover(
     })
 }
 
-fn fresh(entries: Entries, places: Places, size: u16, used: RingPos) -> Recovered {
+fn fresh(states: States, kept: Kept, places: Places, size: u16, used: RingPos) -> Recovered {
     // Above all that [`NEVER`] is compared with.
     let lap = if used.wrap { 2 } else { 3 };
     let position = lap * u64::from(size) + u64::from(used.index);
     for index in 0..size {
-        if let (Some([state, _]), Some([saved, ..])) = (entries.entry(index), places.entry(index)) {
+        if let (Some([state]), Some([saved, ..])) = (states.entry(index), places.entry(index)) {
             state.store(NEVER);
             saved.store(NEVER);
         }
     }
-    let [features, word, first, second] = entries.header();
+    let [features, word, first, second] = states.header();
     features.store(0);
     first.store(position);
     second.store(position);
     word.store(sizes(size));
-    let tracker = PackedInflight::new(entries, places, size, position);
+    let tracker = PackedInflight::new(states, kept, places, size, position);
     Recovered { tracker: Tracker::Packed(tracker), state: None, again: Vec::new() }
 }

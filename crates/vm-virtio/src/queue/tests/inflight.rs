@@ -513,9 +513,10 @@ fn refused(packed: bool, at: usize, change: impl Fn(u64) -> u64, expected: Infli
 fn inflight_refuses_regions_that_contradict_themselves() {
     use InflightError as E;
     for packed in LAYOUTS {
-        refused(packed, 0, |_| 5, E::Format { version: 2, features: 5 });
-        refused(packed, 1, |word| word - 1, E::Format { version: 1, features: 0 });
-        refused(packed, 1, |word| word + 1, E::Format { version: 3, features: 0 });
+        refused(packed, 0, |_| 5, E::Format { version: 3, features: 5 });
+        refused(packed, 1, |word| word - 2, E::Format { version: 1, features: 0 });
+        refused(packed, 1, |word| word - 1, E::Format { version: 2, features: 0 });
+        refused(packed, 1, |word| word + 1, E::Format { version: 4, features: 0 });
         refused(packed, 1, |word| word + (1 << 16), E::QueueSize(9));
         let world = World::new(packed, 8, Features::empty());
         assert_eq!(InflightRegion::new(world.region.clone(), 1, 256).unwrap_err(), E::Place, "alignment");

@@ -9,7 +9,7 @@
 //! Speed. Elements cost what they cost in a split ring: the place is an offset in bytes, so that stepping is an addition and
 //! one compare, which also is the bounds check, with a branch that is hardly ever taken; a descriptor is read with the lap's
 //! flags taken out, so that one test tells whether it is ours and of the usual kind. What a buffer costs beyond the
-//! benchmark's bare loop is instructions, for calls and the chain's record, which is written at the pop and read at the
+//! benchmark's bare loop is instructions for the chain's record, which is written at the pop and read at the
 //! completion. With many chains out the records do not fit the first-level cache; so a completion reads one line of
 //! them, the first. Publishing one buffer at a time is dearer by what is stored before it: the full barrier waits for
 //! all of that. Batches pay it once.
@@ -20,7 +20,7 @@ use super::error::QueueError;
 use super::gather::{Gather, Walked, quick, undo};
 use super::indirect;
 use super::inflight::packed::PackedInflight;
-use super::ring_mem::{Cursor, Desc, EventArea, FOREIGN, PackedRing};
+use super::ring_mem::{Batch, Cursor, Desc, EventArea, FOREIGN, PackedRing};
 use super::state::{QueueState, RingPos};
 use super::{INDIRECT, NEXT, Negotiated, Queue, Ring, WRITE, Way, Why};
 
@@ -38,11 +38,9 @@ pub(super) struct Packed {
     size: u16,
     negotiated: Negotiated,
     next_avail: Cursor,
-    next_used: Cursor,
-    /// Where the driver looks, with the word that it is going to find there: the first used descriptor of the batch.
-    first: Cursor,
-    /// Descriptors that the batch passes over; 0: there is none.
-    batch: u16,
+    batch: Batch,
+    /// The word that the driver is going to find where it looks, at the batch's start.
+    first: u64,
     /// How many descriptors more the driver can make available: those of the ring that are neither popped nor in a batch
     /// that is not published.
     room: u16,
@@ -86,9 +84,8 @@ impl Packed {
             size,
             negotiated,
             next_avail: Cursor::available(avail),
-            next_used: Cursor::used(used),
-            first: Cursor::used(used),
-            batch: 0,
+            batch: Batch::new(used),
+            first: 0,
             room: size - in_flight,
             armed: true,
             inflight: None,
@@ -151,7 +148,7 @@ impl Packed {
     }
 
     /// Writes a used descriptor for one list, and notes it. Calls nothing but at its end, as all that is done for each
-    /// chain. What is noted is elsewhere: it would cost a queue that does not note anything its registers.
+    /// chain.
     #[inline(always)]
     pub(super) fn put(&mut self, arena: &Arena, slot: &Slot, written: u32) {
         if self.inflight.is_some() {
@@ -161,10 +158,10 @@ impl Packed {
         self.put_run(slot.id(), written, slot.descs());
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn put_noted(&mut self, arena: &Arena, slot: &Slot, written: u32) {
-        let at = self.next_used;
-        let keep = if self.batch > 0 { self.ring.word(at) } else { None };
+        let at = self.batch.end();
+        let keep = if self.batch.len() > 0 { self.ring.word(at) } else { None };
         if let Some(inflight) = &mut self.inflight
             && !inflight.put_in_order(slot, keep, at.index())
         {
@@ -207,8 +204,8 @@ impl Packed {
 
     /// Writes a used descriptor, and keeps what was there.
     pub(super) fn put_kept(&mut self, id: u16, written: u32, descs: u16) {
-        if let (Some(inflight), 1..) = (&self.inflight, self.batch) {
-            inflight.keep(&self.ring, self.next_used);
+        if let (Some(inflight), 1..) = (&self.inflight, self.batch.len()) {
+            inflight.keep(&self.ring, self.batch.end());
         }
         self.put_run(id, written, descs);
     }
@@ -217,18 +214,16 @@ impl Packed {
     /// id (2.8.8).
     #[inline(always)]
     pub(super) fn put_run(&mut self, id: u16, written: u32, descs: u16) {
-        let at = self.next_used;
+        let at = self.batch.end();
         // WRITE says whether something was written, and only then the length means something (2.8.3, 2.8.4).
         let write = if written > 0 { u64::from(WRITE) << 48 } else { 0 };
         let word = u64::from(written) | (u64::from(id) << 32) | write | at.bits();
-        if self.batch == 0 {
-            self.first = at.with_word(word);
+        if self.batch.len() == 0 {
+            self.first = word;
         } else {
             self.ring.store(at, word);
         }
-        // Not above `size`: the lists of a batch are in flight until it is published.
-        self.batch = self.batch.wrapping_add(descs);
-        self.ring.advance(&mut self.next_used, descs);
+        self.ring.pass(&mut self.batch, descs);
     }
 
     /// Makes the batch visible, and notes that; whether the driver wants an interrupt for it (2.8.10).
@@ -241,9 +236,9 @@ impl Packed {
         self.publish_batch()
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn publish_noted(&mut self) -> bool {
-        if let (Some(inflight), 1..) = (&mut self.inflight, self.batch) {
+        if let (Some(inflight), 1..) = (&mut self.inflight, self.batch.len()) {
             inflight.publishing();
             if inflight.has_saved() {
                 return self.publish_saved();
@@ -264,22 +259,23 @@ impl Packed {
 
     #[inline(always)]
     fn publish_batch(&mut self) -> bool {
-        let batch = self.batch;
+        let batch = self.batch.len();
         if batch == 0 {
             return false;
         }
-        let start = self.first;
-        self.ring.publish(start);
-        self.batch = 0;
+        let start = self.ring.start(&self.batch);
+        self.ring.publish(start, self.first);
+        self.batch.clear();
         self.room = self.room.wrapping_add(batch);
         let event = self.driver_event.load();
         match (event >> 16) & 3 {
             EVENT_DISABLE => false,
             EVENT_DESC if self.negotiated.event_idx => {
-                // How far from the batch's start to the descriptor that the driver waits for: within the batch?
-                let offset = event & 0x7fff;
-                let lap = if (event & 0x8000 != 0) == start.wrap() { 0 } else { u32::from(self.size) };
-                let distance = (offset + lap).wrapping_sub(u32::from(start.index()));
+                // How far from the batch's start to the descriptor that the driver waits for: within the batch? One lap
+                // more if the wrap counters differ.
+                let laps = u32::from(start.wrap()) ^ ((event >> 15) & 1);
+                let lap = laps.wrapping_neg() & u32::from(self.size);
+                let distance = ((event & 0x7fff) + lap).wrapping_sub(u32::from(start.index()));
                 distance < u32::from(batch)
             }
             // ENABLE; and what means nothing here (the reserved 3, DESC without the feature) loses no interrupt.
@@ -315,14 +311,14 @@ impl Packed {
     }
 
     pub(super) fn positions(&self) -> (RingPos, RingPos) {
-        let published = if self.batch > 0 { self.first } else { self.next_used };
-        (self.next_avail.position(), published.position())
+        (self.next_avail.position(), self.ring.start(&self.batch).position())
     }
 }
 
 /// Popping: see the split ring's.
 impl Queue {
-    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves.
+    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves. Part of the caller, with all that
+    /// usual chains need: see there.
     #[inline(always)]
     pub(super) fn pop_packed(&mut self) -> Option<Chain> {
         if self.arena.popped() >= self.limit {
@@ -347,8 +343,12 @@ impl Queue {
         let Walked::Whole(count) = walked else { return self.pop_packed_carefully(last) };
         // As many as there are elements: no more than the ring has.
         let descs = count as u16;
-        let Some(room) = ring.room.checked_sub(descs) else { return self.pop_too_many(last) };
+        let (room, too_many) = ring.room.overflowing_sub(descs);
         ring.room = room;
+        if too_many {
+            ring.room = room.wrapping_add(descs);
+            return self.pop_too_many(last);
+        }
         ring.note_popped(&self.arena, slot);
         ring.ring.step(&mut at);
         ring.next_avail = at;

@@ -228,7 +228,8 @@ impl Split {
 
 /// Popping. All of it goes by the queue, and calls what it calls at its end: nothing but the walk itself has values to keep.
 impl Queue {
-    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves.
+    /// See [`Queue::pop`]. If there is nothing, or what there is breaks a rule, nothing moves. Part of the caller, with all that
+    /// usual chains need: see there.
     #[inline(always)]
     pub(super) fn pop_split(&mut self) -> Option<Chain> {
         if self.arena.popped() >= self.limit {

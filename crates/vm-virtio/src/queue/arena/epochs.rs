@@ -2,7 +2,7 @@
 //! touches no reference count. A snapshot that is not the current one is kept as long as a slot of its number is taken.
 use std::mem;
 
-use super::{Arena, Slot};
+use super::{Arena, OLD, Slot};
 use crate::memory::GuestRam;
 
 /// The memory snapshots that chains of this queue are from.
@@ -17,7 +17,7 @@ impl Arena {
     /// Whether the slot is of a former snapshot: then [`Self::leave_epoch`] is due when it is released.
     #[inline(always)]
     pub(in super::super) fn is_old(&self, slot: &Slot) -> bool {
-        slot.epoch.get() != self.epochs.number
+        slot.class.get() & OLD != 0
     }
 
     /// One slot less of a former snapshot, which is free now; the last one lets it go.
@@ -25,6 +25,7 @@ impl Arena {
     pub(in super::super) fn leave_epoch(&mut self, slot: u32) {
         let Some(slot) = self.at(slot) else { return };
         let epoch = slot.epoch.replace(self.epochs.number);
+        slot.class.set(slot.class());
         if let Some(at) = self.epochs.old.iter().position(|(number, ..)| *number == epoch)
             && let Some((.., taken)) = self.epochs.old.get_mut(at)
         {
@@ -38,7 +39,11 @@ impl Arena {
     /// Moves to another snapshot; taken slots keep theirs.
     pub(in super::super) fn set_ram(&mut self, ram: GuestRam) {
         let number = self.epochs.number;
-        let here = self.taken().filter(|slot| slot.epoch.get() == number).count();
+        let mut here = 0;
+        for slot in self.taken().filter(|slot| slot.epoch.get() == number) {
+            slot.class.set(slot.class() | OLD);
+            here += 1;
+        }
         let former = mem::replace(&mut self.epochs.current, ram);
         if here > 0 {
             self.epochs.old.push((self.epochs.number, former, here));

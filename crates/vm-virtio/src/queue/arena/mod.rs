@@ -49,11 +49,15 @@ pub(super) struct Slot {
     segs: Cell<*mut Segment>,
     /// Where the segments must end that are added without further checks: the room, or the longest chain.
     end: Cell<*mut Segment>,
-    /// Number of segments; of those, the device-readable ones (32 bits each). What a pop writes is few words: all stores
-    /// have to be in the cache before the barrier of a publication ends.
-    counts: Cell<u64>,
-    /// The chain's id, its descriptors of the ring (16 bits each), and its number among all that were popped (32).
-    name: Cell<u64>,
+    /// Number of segments; of those, the device-readable ones. Fields of their own, as all here: to put them together
+    /// and take them apart costs more instructions than it saves stores.
+    count: Cell<u32>,
+    readable: Cell<u32>,
+    /// The chain's number among all that were popped.
+    seq: Cell<u32>,
+    id: Cell<u16>,
+    /// Its descriptors of the ring.
+    descs: Cell<u16>,
     /// Of the snapshot that the segments are in; for a free slot, of the current one.
     epoch: Cell<u32>,
     /// Bytes of the device-writable part.
@@ -62,7 +66,8 @@ pub(super) struct Slot {
     shared: *const Shared,
     written: Cell<u32>,
     mark: Cell<Mark>,
-    /// Of the block that `segs` points at: see the pool. 0: `inline`.
+    /// Of the block that `segs` points at: see the pool. 0: `inline`. With [`OLD`], if it is of a former snapshot: so one
+    /// look tells whether there is more to do than usual when the slot is free again.
     class: Cell<u8>,
     /// In-flight tracking, packed: where in the region the chain is.
     entry: Cell<u16>,
@@ -71,35 +76,39 @@ pub(super) struct Slot {
 
 const _: () = assert!(size_of::<Slot>() == 128);
 
+/// No class has this bit.
+const OLD: u8 = 0x80;
+
 impl Slot {
-    // The truncations below take the fields apart.
     #[inline(always)]
     pub(super) fn id(&self) -> u16 {
-        self.name.get() as u16
+        self.id.get()
     }
 
     #[inline(always)]
     pub(super) fn descs(&self) -> u16 {
-        (self.name.get() >> 16) as u16
+        self.descs.get()
     }
 
     /// Names a slot that is not taken yet.
     #[inline(always)]
     pub(super) fn set_name(&self, id: u16, descs: u16, seq: u32) {
-        self.name.set(u64::from(id) | u64::from(descs) << 16 | u64::from(seq) << 32);
+        self.id.set(id);
+        self.descs.set(descs);
+        self.seq.set(seq);
     }
 
     /// Number of segments, and of those the device-readable ones.
     #[inline(always)]
     pub(super) fn counts(&self) -> (u32, u32) {
-        let counts = self.counts.get();
-        (counts as u32, (counts >> 32) as u32)
+        (self.count.get(), self.readable.get())
     }
 
     /// With the bytes of the device-writable part, or `u32::MAX` if there are more.
     #[inline(always)]
     pub(super) fn set_counts(&self, count: u32, readable: u32, writable: u32) {
-        self.counts.set(u64::from(count) | u64::from(readable) << 32);
+        self.count.set(count);
+        self.readable.set(readable);
         self.writable.set(writable);
     }
 
@@ -111,7 +120,7 @@ impl Slot {
 
     #[inline(always)]
     pub(super) fn seq(&self) -> u32 {
-        (self.name.get() >> 32) as u32
+        self.seq.get()
     }
 
     #[inline(always)]
@@ -147,7 +156,11 @@ impl Slot {
 
     /// How many segments there is room for.
     fn cap(&self) -> u32 {
-        Pool::cap(self.class.get()).unwrap_or(INLINE as u32)
+        Pool::cap(self.class()).unwrap_or(INLINE as u32)
+    }
+
+    fn class(&self) -> u8 {
+        self.class.get() & !OLD
     }
 
     /// The place behind `count` segments, and where the room or the chain must end, of `most` segments.
@@ -236,6 +249,8 @@ struct Keep {
 /// The slots; those below `made` are initialised.
 struct SlotMemory {
     base: NonNull<Slot>,
+    /// In bytes: what a handle's place is compared with.
+    bytes: usize,
     len: u32,
     made: Cell<u32>,
 }
@@ -246,11 +261,11 @@ impl SlotMemory {
         // SAFETY: the layout is not of size 0, as `layout` says.
         let base = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(base.cast()) else { handle_alloc_error(layout) };
-        SlotMemory { base, len, made: Cell::new(0) }
+        SlotMemory { base, bytes: layout.size(), len, made: Cell::new(0) }
     }
 
     fn none() -> SlotMemory {
-        SlotMemory { base: NonNull::dangling(), len: 0, made: Cell::new(0) }
+        SlotMemory { base: NonNull::dangling(), bytes: 0, len: 0, made: Cell::new(0) }
     }
 
     fn layout(len: u32) -> Option<Layout> {
@@ -271,7 +286,7 @@ impl Drop for SlotMemory {
             // SAFETY: nobody else has the slots any more; a block of the slot is its own.
             unsafe {
                 let slot = slot.as_ref();
-                Pool::free(slot.segs.get(), slot.class.get());
+                Pool::free(slot.segs.get(), slot.class());
             }
         }
         if let Some(layout) = Self::layout(self.len) {
@@ -359,8 +374,11 @@ impl Arena {
             slot.write(Slot {
                 segs: Cell::new(ptr::null_mut()),
                 end: Cell::new(ptr::null_mut()),
-                counts: Cell::new(0),
-                name: Cell::new(0),
+                count: Cell::new(0),
+                readable: Cell::new(0),
+                seq: Cell::new(0),
+                id: Cell::new(0),
+                descs: Cell::new(0),
                 epoch: Cell::new(self.epochs.number),
                 writable: Cell::new(0),
                 next: AtomicPtr::new(ptr::null_mut()),
@@ -401,7 +419,7 @@ impl Arena {
         let slot = chain.slot();
         let offset = (slot.as_ptr() as usize).wrapping_sub(self.memory.base.as_ptr() as usize);
         // SAFETY: a handle always points at a whole slot, and this one is in our memory.
-        (offset < self.memory.len as usize * size_of::<Slot>()).then(|| unsafe { &*slot.as_ptr() })
+        (offset < self.memory.bytes).then(|| unsafe { &*slot.as_ptr() })
     }
 
     /// Takes the handle in; the slot stays taken. The chain must be of this arena, or nothing is done.
@@ -498,7 +516,7 @@ impl Arena {
     /// Frees a slot whose handle has ended.
     pub(super) fn release(&self, slot: &Slot) {
         self.release_usual(slot);
-        if slot.class.get() > RETAINED {
+        if slot.class() > RETAINED {
             self.give_back(slot);
         }
     }
@@ -506,7 +524,7 @@ impl Arena {
     /// Whether the slot is of the current snapshot and keeps its segments' memory: then [`Self::release_usual`] is enough.
     #[inline(always)]
     pub(super) fn is_usual(&self, slot: &Slot) -> bool {
-        !self.is_old(slot) && slot.class.get() <= RETAINED
+        slot.class.get() <= RETAINED
     }
 
     /// Frees a usual slot whose handle has ended. What it says stays there until it is taken again.
@@ -595,15 +613,15 @@ impl Arena {
     #[cold]
     #[inline(never)]
     fn give_back(&self, slot: &Slot) {
-        if slot.class.get() > 0 {
-            self.pool.borrow_mut().put(slot.segs.get(), slot.class.get());
+        if slot.class() > 0 {
+            self.pool.borrow_mut().put(slot.segs.get(), slot.class());
             self.set_room(slot, slot.inline.get().cast(), 0);
         }
     }
 
     fn set_room(&self, slot: &Slot, segs: *mut Segment, class: u8) {
         slot.segs.set(segs);
-        slot.class.set(class);
+        slot.class.set(class | (slot.class.get() & OLD));
         slot.end.set(segs.wrapping_add(slot.cap().min(u32::from(self.size)) as usize));
     }
 }

@@ -11,8 +11,11 @@
 //! flags taken out, so that one test tells whether it is ours and of the usual kind. What a buffer costs beyond the
 //! benchmark's bare loop is instructions for the chain's record, which is written at the pop and read at the
 //! completion. With many chains out the records do not fit the first-level cache; so a completion reads one line of
-//! them, the first. Publishing one buffer at a time is dearer by what is stored before it: the full barrier waits for
-//! all of that. Batches pay it once.
+//! them, the first. Publishing one buffer at a time is dearer by what is stored before it, which the full barrier waits for,
+//! and by what is read behind it, which waits for the barrier: whether the chain is the queue's, as usual, and has room
+//! for what was written; whether any were dropped; what notes and orders there are; counters; the list of free slots.
+//! Batches pay it once. To ask all of that by one field saves loads, but was not faster, and slower with in-flight
+//! tracking.
 use super::arena::{Arena, Slot};
 use super::chain::Chain;
 use super::config::{Areas, QueueConfig};

@@ -9,6 +9,9 @@
 //!   open file: after a close it may live on unreachable, or a deletion may hit a stranger. The reactor registers a
 //!   duplicate that only it knows, so the number is its own from registration to deletion. A watch keeps its file
 //!   open: whoever wants the other end to see a close calls `unwatch` too.
+//!
+//! Both cost system calls and a descriptor for each file. Who has thousands, owns each of them alone and can tell which are gone
+//! registers them as they are, see [`Registry`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -29,6 +32,9 @@ const BATCH: usize = 64;
 
 /// The key of the timerfd: no slot has this index.
 const TIMER_KEY: u64 = u64::MAX;
+
+/// Set in the keys of what is in a [`Registry`], and in the timerfd's.
+const REGISTERED: u64 = 1 << 63;
 
 /// Tells which files are ready and which timers are due. See the [crate documentation](crate) for its promises.
 ///
@@ -178,6 +184,9 @@ impl Reactor {
     )]
     pub fn next(&mut self) -> Option<Event> {
         while let Some((key, flags)) = self.collected.pop_front() {
+            if key & REGISTERED != 0 {
+                return Some(Event::Registered { number: key & !REGISTERED, ready: readiness_of(flags) });
+            }
             let (index, generation) = (key as u32, (key >> 32) as u32);
             let Some(slot) = self.slots.get(index as usize) else { continue };
             if slot.generation != generation {
@@ -190,6 +199,15 @@ impl Reactor {
         self.timers.next_due().map(|token| Event::Timer { token })
     }
 
+    /// The way to register files as they are. Takes a file descriptor.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE` or `ENFILE` without descriptors left.
+    pub fn registry(&self) -> io::Result<Registry> {
+        Ok(Registry(rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0)?))
+    }
+
     /// Ends the registration in `index`.
     fn release(&mut self, index: u32) {
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
@@ -199,7 +217,7 @@ impl Reactor {
         let deleted = epoll::delete(&self.epoll, &watch.fd);
         debug_assert!(deleted.is_ok(), "a registration of our own was lost: {deleted:?}");
         // A slot whose generations are used up is retired, so that no key ever comes back.
-        if let Some(generation) = slot.generation.checked_add(1) {
+        if let Some(generation) = slot.generation.checked_add(1).filter(|next| *next < 1 << 31) {
             slot.generation = generation;
             self.free.push(index);
         }
@@ -215,6 +233,56 @@ impl AsFd for Reactor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
+}
+
+/// Registers files with a [`Reactor`] as they are: no duplicate, no token, nothing kept. [`Reactor::next`] tells of them by
+/// [`Event::Registered`].
+///
+/// For those who have many files that come and go. A registration ends when its file is closed, so two promises of the
+/// [reactor](crate) become the caller's:
+///
+/// 1. An event may come that was collected before its file was closed: numbers are not used again, and one that is gone is nobody's.
+/// 2. Nobody else holds the open file, nor inherits it. Otherwise its registration would live on, and nothing could end it.
+#[derive(Debug)]
+pub struct Registry(OwnedFd);
+
+impl Registry {
+    /// Registers a file under a number.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for a number of [`Registry::NUMBERS`] or above, `EPERM` for a file that has no readiness, `EEXIST` for one that is
+    /// registered, `ENOSPC` at the user's limit of watches.
+    pub fn add(&self, file: BorrowedFd<'_>, number: u64, interest: Interest) -> io::Result<()> {
+        Ok(epoll::add(&self.0, file, data(number)?, flags_of(interest))?)
+    }
+
+    /// Changes what a registered file is watched for. What it is ready for now is told again.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` as above, `ENOENT` for a file that is not registered.
+    pub fn change(&self, file: BorrowedFd<'_>, number: u64, interest: Interest) -> io::Result<()> {
+        Ok(epoll::modify(&self.0, file, data(number)?, flags_of(interest))?)
+    }
+
+    /// Whether anything that the reactor watches or has registered is ready; timers count once they have fired.
+    pub fn has_news(&self) -> bool {
+        let mut file = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut file, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// How many numbers there are.
+    pub const NUMBERS: u64 = REGISTERED - 1;
+}
+
+fn data(number: u64) -> io::Result<EventData> {
+    // The last one would be the timerfd's key.
+    if number >= Registry::NUMBERS {
+        return Err(io::Error::from(Errno::INVAL));
+    }
+    Ok(EventData::new_u64(REGISTERED | number))
 }
 
 impl std::fmt::Debug for Reactor {
@@ -248,6 +316,7 @@ fn readiness_of(flags: EventFlags) -> Readiness {
         readable: flags.contains(EventFlags::IN),
         writable: flags.contains(EventFlags::OUT),
         closed: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
+        hung_up: flags.contains(EventFlags::HUP),
         error: flags.contains(EventFlags::ERR),
     }
 }

@@ -49,6 +49,7 @@ pub struct Readiness {
     pub(crate) readable: bool,
     pub(crate) writable: bool,
     pub(crate) closed: bool,
+    pub(crate) hung_up: bool,
     pub(crate) error: bool,
 }
 
@@ -66,6 +67,11 @@ impl Readiness {
     /// The other end has closed, at least its sending direction.
     pub const fn closed(self) -> bool {
         self.closed
+    }
+
+    /// The other end has closed both directions, or is gone.
+    pub const fn hung_up(self) -> bool {
+        self.hung_up
     }
 
     /// The file has an error to report; the next read or write returns it.
@@ -105,6 +111,10 @@ impl Interest {
     pub const WRITE: Self = Interest { readable: false, writable: true, trigger: Trigger::Level };
     /// Both directions, for as long as it lasts.
     pub const READ_WRITE: Self = Interest { readable: true, writable: true, trigger: Trigger::Level };
+    /// Both directions, once for each arrival.
+    pub const READ_WRITE_EDGE: Self = Interest { readable: true, writable: true, trigger: Trigger::Edge };
+    /// Neither direction.
+    pub const NONE: Self = Interest { readable: false, writable: false, trigger: Trigger::Level };
     /// Readable, once for each arrival: for eventfds and mailboxes.
     pub const READ_EDGE: Self = Interest { readable: true, writable: false, trigger: Trigger::Edge };
 }
@@ -116,6 +126,13 @@ pub enum Event {
     Ready {
         /// The token of the watch.
         token: Token,
+        /// For what it is ready.
+        ready: Readiness,
+    },
+    /// A file of a [`Registry`](crate::Registry) is ready.
+    Registered {
+        /// What it was registered under. It may be closed by now.
+        number: u64,
         /// For what it is ready.
         ready: Readiness,
     },

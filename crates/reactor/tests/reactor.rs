@@ -1,11 +1,12 @@
 //! The promises of `Reactor`, each shown on real files.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use reactor::{Event, Interest, Reactor, Readiness, Token, Trigger, Waker};
+use reactor::{Event, Interest, Reactor, Readiness, Registry, Token, Trigger, Waker};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 const A: Token = Token::new(1);
@@ -30,7 +31,7 @@ fn ready(reactor: &mut Reactor) -> Vec<Token> {
         .into_iter()
         .map(|event| match event {
             Event::Ready { token, .. } => token,
-            Event::Timer { token } => panic!("timer {token:?}"),
+            other => panic!("{other:?}"),
         })
         .collect();
     tokens.sort();
@@ -444,4 +445,77 @@ fn no_descriptor_is_leaked() {
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+/// Numbers and directions of what is registered and ready.
+fn registered(reactor: &mut Reactor) -> Vec<(u64, bool, bool)> {
+    now(reactor)
+        .into_iter()
+        .map(|event| match event {
+            Event::Registered { number, ready } => (number, ready.readable(), ready.writable()),
+            other => panic!("{other:?}"),
+        })
+        .collect()
+}
+
+#[test]
+fn registered_files_are_told_by_number_until_they_are_closed() {
+    let mut reactor = Reactor::new().unwrap();
+    let registry = reactor.registry().unwrap();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let last = Registry::NUMBERS - 1;
+    registry.add(ours.as_fd(), last, Interest::READ_EDGE).unwrap();
+    assert_eq!(registered(&mut reactor), []);
+    theirs.write_all(&[0]).unwrap();
+    assert!(registry.has_news());
+    assert_eq!(registered(&mut reactor), [(last, true, false)]);
+    assert_eq!(registered(&mut reactor), [], "at the edge, once");
+    assert!(!registry.has_news());
+    registry.change(ours.as_fd(), 7, Interest::READ_WRITE_EDGE).unwrap();
+    assert_eq!(registered(&mut reactor), [(7, true, true)], "what is there is told again");
+    registry.change(ours.as_fd(), 7, Interest::NONE).unwrap();
+    theirs.write_all(&[0]).unwrap();
+    assert_eq!(registered(&mut reactor), []);
+    registry.change(ours.as_fd(), 7, Interest::READ).unwrap();
+    drop(ours);
+    assert_eq!(registered(&mut reactor), [], "it ends with the file");
+}
+
+#[test]
+fn registered_files_hang_up() {
+    let mut reactor = Reactor::new().unwrap();
+    let registry = reactor.registry().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    registry.add(ours.as_fd(), 0, Interest::READ_EDGE).unwrap();
+    theirs.shutdown(Shutdown::Write).unwrap();
+    let half = now(&mut reactor);
+    drop(theirs);
+    let whole = now(&mut reactor);
+    let ends = |events: &[Event]| match events {
+        [Event::Registered { number: 0, ready }] => (ready.closed(), ready.hung_up()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((ends(&half), ends(&whole)), ((true, false), (true, true)));
+}
+
+#[test]
+fn registered_numbers_are_never_taken_for_watches_nor_timers() {
+    let mut reactor = Reactor::new().unwrap();
+    let registry = reactor.registry().unwrap();
+    let waker = Waker::new().unwrap();
+    for number in [Registry::NUMBERS, u64::MAX] {
+        let refused = registry.add(waker.as_fd(), number, Interest::READ).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    }
+    // The key of the first watch, as a number.
+    registry.add(waker.as_fd(), 0, Interest::READ_EDGE).unwrap();
+    reactor.watch(waker.as_fd(), A, Interest::READ_EDGE).unwrap();
+    waker.wake();
+    let both = now(&mut reactor);
+    assert_eq!(both.len(), 2, "{both:?}");
+    assert!(both.iter().any(|event| matches!(event, Event::Registered { number: 0, .. })), "{both:?}");
+    assert!(both.iter().any(|event| matches!(event, Event::Ready { token: A, .. })), "{both:?}");
+    reactor.retain(|_| false);
+    waker.wake();
+    assert_eq!(registered(&mut reactor), [(0, true, false)], "it is nobody's token");
 }

@@ -317,7 +317,8 @@ fn main_loop(
         let next = || host.reactor.borrow_mut().next();
         while let Some(event) = next() {
             match event {
-                Event::Ready { token: WAKER, .. } => {}
+                // Nothing is registered with this one.
+                Event::Ready { token: WAKER, .. } | Event::Registered { .. } => {}
                 Event::Timer { token: END } => return Err(DaemonError::Stuck),
                 Event::Ready { token: SIGNALS, .. } => {
                     while let Some(signal) = signals.and_then(Signals::take) {

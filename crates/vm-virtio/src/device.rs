@@ -358,6 +358,17 @@ pub trait Worker: Send + 'static {
         Ok(())
     }
 
+    /// A file that the worker has put into a [`Registry`](reactor::Registry) of its lane's reactor is ready.
+    fn registered_ready(
+        &mut self,
+        number: u64,
+        ready: Readiness,
+        lane: &mut Lane<'_>,
+    ) -> Result<(), DeviceError> {
+        let _ = (number, ready, lane);
+        Ok(())
+    }
+
     /// A timer that the worker set is due.
     fn timer(&mut self, token: Token, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
         let _ = (token, lane);

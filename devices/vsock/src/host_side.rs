@@ -13,7 +13,7 @@ use crate::from_guest::{REDIAL, drain};
 use crate::packet::{HOST_CID, Kind};
 use crate::poller::Ready;
 use crate::syscall::{self, Sink, Source};
-use crate::table::{Id, Inbox, Slot, Stage, Welcome};
+use crate::table::{Id, Inbox, NO_GENERATION, Slot, Stage, Welcome};
 use crate::worker::{FIRST_PORT, VsockWorker, listener_number};
 
 /// Clients are not accepted for this long once descriptors have run out.
@@ -24,7 +24,7 @@ const FIRST_MESSAGE: usize = 4096;
 impl VsockWorker {
     /// A socket says something. It may be gone by now.
     pub(crate) fn socket_ready(&mut self, ready: Ready) {
-        if ready.number >> 32 == u64::from(u32::MAX) {
+        if ready.number >> 32 == u64::from(NO_GENERATION) {
             return self.accept(ready.number as u32);
         }
         let id = Id::of(ready.number);

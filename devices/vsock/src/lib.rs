@@ -181,7 +181,7 @@ impl Vsock {
             u32::try_from(settings.guest_cid).map_err(|_| SetupError::ReservedCid(settings.guest_cid))?;
         let host = Host::open(settings.host.clone(), settings.buffer_size)?;
         let gauges = Arc::new(Gauges::default());
-        let worker = VsockWorker::new(cid, &settings, host, exchange.clone(), Arc::clone(&gauges))?;
+        let worker = VsockWorker::new(cid, &settings, host, exchange.clone(), Arc::clone(&gauges));
         Ok(Vsock {
             cid,
             queue_size: settings.queue_size,

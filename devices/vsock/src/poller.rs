@@ -1,4 +1,4 @@
-//! Which sockets are ready: an epoll of the device's own, which the lane's reactor watches as one file.
+//! Which sockets are ready: each is registered with the lane's reactor as it is, see [`Registry`].
 //!
 //! Connections come and go by the thousand. Here each is one registration of the socket itself, edge-triggered; it ends
 //! with the socket, which nobody else holds. Who gets an event looks its number up in the [table](crate::table), where a
@@ -7,14 +7,9 @@
 //! Room is asked for only while it matters: the kernel tells of it each time that the peer has read something, which would
 //! be a wake-up for each message.
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
-use rustix::time::Timespec;
-
-/// Most events that are taken at once.
-pub(crate) const BATCH: usize = 64;
+use reactor::{Interest, Reactor, Readiness, Registry};
 
 /// What a socket says.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,94 +23,90 @@ pub(crate) struct Ready {
     pub(crate) hung_up: bool,
 }
 
-/// See the [module](self).
-pub(crate) struct Poller(OwnedFd);
+impl Ready {
+    pub(crate) fn of(number: u64, ready: Readiness) -> Ready {
+        let hung_up = ready.hung_up() || ready.error();
+        Ready {
+            number,
+            readable: hung_up || ready.readable() || ready.closed(),
+            writable: hung_up || ready.writable(),
+            ended: hung_up || ready.closed(),
+            hung_up,
+        }
+    }
+}
+
+/// See the [module](self). Until the lane runs there is nothing to register with, and no socket.
+#[derive(Debug, Default)]
+pub(crate) struct Poller(Option<Registry>);
 
 impl Poller {
-    pub(crate) fn new() -> io::Result<Poller> {
-        Ok(Poller(epoll::create(CreateFlags::CLOEXEC)?))
+    pub(crate) fn attach(&mut self, reactor: &Reactor) -> io::Result<()> {
+        self.0 = Some(reactor.registry()?);
+        Ok(())
     }
 
     /// What happens to a connection, once each; `room`: also that there is room.
     pub(crate) fn add(&self, socket: BorrowedFd<'_>, number: u64, room: bool) -> io::Result<()> {
-        Ok(epoll::add(&self.0, socket, EventData::new_u64(number), connection(room))?)
+        self.registry()?.add(socket, number, connection(room))
     }
 
     /// From now on with or without room. What is there now is told again.
     pub(crate) fn change(&self, socket: BorrowedFd<'_>, number: u64, room: bool) -> io::Result<()> {
-        Ok(epoll::modify(&self.0, socket, EventData::new_u64(number), connection(room))?)
+        self.registry()?.change(socket, number, connection(room))
     }
 
     /// Connections to accept, for as long as there are any.
     pub(crate) fn listen(&self, socket: BorrowedFd<'_>, number: u64) -> io::Result<()> {
-        Ok(epoll::add(&self.0, socket, EventData::new_u64(number), EventFlags::IN)?)
+        self.registry()?.add(socket, number, Interest::READ)
     }
 
     /// Whether connections to accept are reported.
     pub(crate) fn mind(&self, socket: BorrowedFd<'_>, number: u64, on: bool) -> io::Result<()> {
-        let flags = if on { EventFlags::IN } else { EventFlags::empty() };
-        Ok(epoll::modify(&self.0, socket, EventData::new_u64(number), flags)?)
-    }
-
-    /// What is ready now, up to [`BATCH`]; the rest keeps the poller readable.
-    pub(crate) fn collect(&self, into: &mut Vec<Ready>) -> io::Result<()> {
-        let mut buffer = [MaybeUninit::<Event>::uninit(); BATCH];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let events = match epoll::wait(&self.0, &mut buffer[..], Some(&now)) {
-            Ok((events, _)) => events,
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        into.extend(events.iter().map(|event| {
-            let (data, flags) = (event.data, event.flags);
-            let failed = flags.contains(EventFlags::ERR);
-            let hung_up = failed || flags.contains(EventFlags::HUP);
-            Ready {
-                number: data.u64(),
-                readable: hung_up || flags.intersects(EventFlags::IN | EventFlags::RDHUP),
-                writable: hung_up || flags.contains(EventFlags::OUT),
-                ended: hung_up || flags.contains(EventFlags::RDHUP),
-                hung_up,
-            }
-        }));
-        Ok(())
+        self.registry()?.change(socket, number, if on { Interest::READ } else { Interest::NONE })
     }
 
     /// Whether anything is ready.
     pub(crate) fn has_news(&self) -> bool {
-        let mut file = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut file, Some(&now)).is_ok_and(|ready| ready > 0)
+        self.0.as_ref().is_some_and(Registry::has_news)
+    }
+
+    fn registry(&self) -> io::Result<&Registry> {
+        self.0.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 
-fn connection(room: bool) -> EventFlags {
-    let always = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-    if room { always | EventFlags::OUT } else { always }
-}
-
-impl AsFd for Poller {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
+const fn connection(room: bool) -> Interest {
+    if room { Interest::READ_WRITE_EDGE } else { Interest::READ_EDGE }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
-    fn news(poller: &Poller) -> Vec<(bool, bool)> {
+    use reactor::Event;
+
+    fn news(reactor: &mut Reactor) -> Vec<(bool, bool)> {
+        reactor.wait(Some(Duration::ZERO)).unwrap();
         let mut found = Vec::new();
-        poller.collect(&mut found).unwrap();
-        found.iter().map(|ready| (ready.readable, ready.writable)).collect()
+        while let Some(event) = reactor.next() {
+            let Event::Registered { number: 1, ready } = event else { panic!("{event:?}") };
+            let ready = Ready::of(1, ready);
+            found.push((ready.readable, ready.writable));
+        }
+        found
     }
 
     /// A wake-up for each message that the peer reads is what a round trip cannot afford.
     #[test]
     fn a_peer_that_reads_is_no_news_unless_room_is_asked_for() {
-        let poller = Poller::new().unwrap();
+        let mut reactor = Reactor::new().unwrap();
+        let mut poller = Poller::default();
+        poller.attach(&reactor).unwrap();
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         poller.add(ours.as_fd(), 1, false).unwrap();
@@ -124,15 +115,15 @@ mod tests {
             theirs.read_exact(&mut [0; 64]).unwrap();
         };
         exchange(&mut ours);
-        assert_eq!(news(&poller), []);
+        assert_eq!(news(&mut reactor), []);
         poller.change(ours.as_fd(), 1, true).unwrap();
-        assert_eq!(news(&poller), [(false, true)], "what is there is told");
+        assert_eq!(news(&mut reactor), [(false, true)], "what is there is told");
         exchange(&mut ours);
-        assert_eq!(news(&poller), [(false, true)]);
+        assert_eq!(news(&mut reactor), [(false, true)]);
         poller.change(ours.as_fd(), 1, false).unwrap();
         exchange(&mut ours);
-        assert_eq!(news(&poller), []);
+        assert_eq!(news(&mut reactor), []);
         theirs.write_all(&[0]).unwrap();
-        assert_eq!(news(&poller), [(true, false)]);
+        assert_eq!(news(&mut reactor), [(true, false)]);
     }
 }

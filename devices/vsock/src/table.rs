@@ -19,6 +19,9 @@ const PROMISES: u64 = 64 << 20;
 /// The least that is promised to a connection.
 const LEAST_PROMISE: u32 = 4096;
 
+/// No connection has it: the poller's numbers have 63 bits.
+pub(crate) const NO_GENERATION: u32 = u32::MAX >> 1;
+
 /// Names a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Id {
@@ -235,7 +238,7 @@ impl Table {
         self.used -= 1;
         self.promised -= u64::from(slot.flow.buf_alloc());
         // One whose generations are used up is retired: no id comes back.
-        if let Some(generation) = entry.generation.checked_add(1).filter(|next| *next != u32::MAX) {
+        if let Some(generation) = entry.generation.checked_add(1).filter(|next| *next < NO_GENERATION) {
             entry.generation = generation;
             self.free.push(id.index);
         }

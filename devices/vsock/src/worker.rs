@@ -15,28 +15,25 @@
 //!   not exist wait in a queue. Only when that is full tx waits for rx.
 //! * The guest's buffers go round the connections that have something for it.
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use reactor::{Interest, Readiness, Token};
+use reactor::{Readiness, Token};
 use vm_virtio::{Chain, DeviceError, Features, Lane, Session, Worker};
 
 use crate::backend::Host;
 use crate::backend::sibling::{Exchange, Visitor};
 use crate::packet::{Header, Kind};
 use crate::poller::{Poller, Ready};
-use crate::table::{Id, Table};
+use crate::table::{Id, NO_GENERATION, Table};
 use crate::{NO_IMPLIED_STREAM, SEQPACKET, Settings, Timeouts};
 
 pub(crate) const RX: u16 = 0;
 pub(crate) const TX: u16 = 1;
 pub(crate) const EVENT: u16 = 2;
 
-/// Watch: the poller.
-const SOCKETS: Token = Token::new(0);
 /// Timer: the first deadline of a connection.
 const DEADLINE: Token = Token::new(1);
 /// Timer: descriptors may be there again for clients.
@@ -80,7 +77,6 @@ pub struct VsockWorker {
     /// The next port of the host for clients that have none.
     pub(crate) next_port: u32,
     pub(crate) gauges: Arc<Gauges>,
-    ready: Vec<Ready>,
     streams: bool,
     seqpackets: bool,
     /// Between DRIVER_OK and reset.
@@ -136,25 +132,20 @@ impl VsockWorker {
         host: Host,
         exchange: Exchange,
         gauges: Arc<Gauges>,
-    ) -> io::Result<VsockWorker> {
-        let poller = Poller::new()?;
-        for (number, listener) in (0..).zip(&host.listeners) {
-            poller.listen(listener.socket.as_fd(), listener_number(number))?;
-        }
-        Ok(VsockWorker {
+    ) -> VsockWorker {
+        VsockWorker {
             cid,
             buffer: settings.buffer_size,
             groups: settings.groups.clone(),
             timeouts: settings.timeouts,
             host,
             exchange,
-            poller,
+            poller: Poller::default(),
             table: Table::default(),
             stray: VecDeque::new(),
             batch: Batch::default(),
             next_port: FIRST_PORT,
             gauges,
-            ready: Vec::new(),
             streams: true,
             seqpackets: true,
             live: false,
@@ -163,7 +154,7 @@ impl VsockWorker {
             timer: None,
             deaf: None,
             crowd: Crowd::new(),
-        })
+        }
     }
 
     /// All connections are dropped, and what was to be sent is forgotten. What is the host's stays: listeners, and
@@ -182,7 +173,6 @@ impl VsockWorker {
             batch,
             next_port: _,
             gauges: _,
-            ready,
             streams: _,
             seqpackets: _,
             live,
@@ -195,7 +185,6 @@ impl VsockWorker {
         table.clear();
         stray.clear();
         *batch = Batch::default();
-        ready.clear();
         (*live, *stranger) = (false, false);
         *event_due = false;
         self.count();
@@ -272,14 +261,17 @@ pub(crate) const FIRST_PORT: u32 = 1 << 30;
 
 /// The poller's number of a listener: no connection has that generation.
 pub(crate) fn listener_number(index: u32) -> u64 {
-    u64::from(u32::MAX) << 32 | u64::from(index)
+    u64::from(NO_GENERATION) << 32 | u64::from(index)
 }
 
 impl Worker for VsockWorker {
     type Msg = Visitor;
 
     fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
-        lane.reactor.watch(self.poller.as_fd(), SOCKETS, Interest::READ)?;
+        self.poller.attach(lane.reactor)?;
+        for (number, listener) in (0..).zip(&self.host.listeners) {
+            self.poller.listen(listener.socket.as_fd(), listener_number(number))?;
+        }
         Ok(())
     }
 
@@ -303,19 +295,14 @@ impl Worker for VsockWorker {
         Ok(())
     }
 
-    fn source_ready(
+    fn registered_ready(
         &mut self,
-        _token: Token,
-        _ready: Readiness,
+        number: u64,
+        ready: Readiness,
         _lane: &mut Lane<'_>,
     ) -> Result<(), DeviceError> {
-        let mut ready = std::mem::take(&mut self.ready);
-        let collected = self.poller.collect(&mut ready);
-        for event in ready.drain(..) {
-            self.socket_ready(event);
-        }
-        self.ready = ready;
-        Ok(collected?)
+        self.socket_ready(Ready::of(number, ready));
+        Ok(())
     }
 
     fn timer(&mut self, token: Token, _lane: &mut Lane<'_>) -> Result<(), DeviceError> {

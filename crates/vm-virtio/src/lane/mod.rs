@@ -435,6 +435,10 @@ impl<W: Worker> LaneRunner<W> {
                 self.enter(|worker, lane| worker.source_ready(token, ready, lane));
                 true
             }
+            Event::Registered { number, ready } => {
+                self.enter(|worker, lane| worker.registered_ready(number, ready, lane));
+                true
+            }
             Event::Timer { token } if token.is_host() => true, // deadlines are looked at in every turn
             Event::Timer { token } => {
                 self.enter(|worker, lane| worker.timer(token, lane));

@@ -193,7 +193,10 @@ impl Machine {
         while self.power.ended().is_none() {
             reactor.wait(None)?;
             while let Some(event) = reactor.next() {
-                let (reactor::Event::Ready { token, .. } | reactor::Event::Timer { token }) = event;
+                // Nothing is registered by number.
+                let (reactor::Event::Ready { token, .. } | reactor::Event::Timer { token }) = event else {
+                    continue;
+                };
                 match token {
                     TOLD => self.note_events(),
                     COMMANDS => self.obey()?,

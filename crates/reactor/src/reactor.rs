@@ -217,7 +217,8 @@ impl Reactor {
         let deleted = epoll::delete(&self.epoll, &watch.fd);
         debug_assert!(deleted.is_ok(), "a registration of our own was lost: {deleted:?}");
         // A slot whose generations are used up is retired, so that no key ever comes back.
-        if let Some(generation) = slot.generation.checked_add(1).filter(|next| *next < 1 << 31) {
+        let next = slot.generation.checked_add(1);
+        if let Some(generation) = next.filter(|next| key(index, *next) & REGISTERED == 0) {
             slot.generation = generation;
             self.free.push(index);
         }

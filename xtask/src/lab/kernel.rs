@@ -33,11 +33,11 @@ const ADDED: [(&str, &str); 3] = [
 /// the case of `SVM_EVTINJ_TYPE_INTR`). Whatever then makes QEMU leave its loop for a moment, as the end of a slice of `-icount`
 /// does, delivers it again, and does not ask whether the guest takes interrupts. Linux, when this happens in the handler
 /// of an edge-triggered interrupt, waits for itself for ever. An exit forgets the vector.
-const INJECTED: (&str, &str, &str) = (
+const INJECTED: [&str; 3] = [
     "arch/x86/kvm/svm/svm.c",
     "\tif (force_immediate_exit)\n\t\tsmp_send_reschedule(vcpu->cpu);\n",
     "\tif (force_immediate_exit || (svm->vmcb->control.event_inj & SVM_EVTINJ_VALID))\n\t\tsmp_send_reschedule(vcpu->cpu);\n",
-);
+];
 /// CAN, SPI and RTC over virtio came with it.
 const OLDEST: (u32, u32) = (7, 2);
 /// Files that are compiled, roughly: only the progress bar wants to know.
@@ -59,7 +59,7 @@ pub(super) const HOST_TOOLS: [(&str, &str); 9] = [
 pub(super) fn part() -> Part {
     let mut pieces = vec!["1", apt::SUITE, CONFIG];
     pieces.extend(ADDED.iter().flat_map(|(name, text)| [*name, *text]));
-    pieces.extend(<[&str; 3]>::from(INJECTED));
+    pieces.extend(INJECTED);
     Part { name: "kernel", recipe: part::recipe(&pieces), needs: 4500 }
 }
 
@@ -139,7 +139,7 @@ fn add(source: &Path) -> Result<()> {
 }
 
 /// Replaces what stands once in a file of the source.
-fn change(source: &Path, (name, from, to): (&str, &str, &str)) -> Result<()> {
+fn change(source: &Path, [name, from, to]: [&str; 3]) -> Result<()> {
     let path = source.join(name);
     let text = fs::read_to_string(&path).map_err(|e| Error::file("read", &path, &e))?;
     let found = text.matches(from).count();

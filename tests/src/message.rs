@@ -37,9 +37,10 @@ pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
 pub(crate) const SET_STATUS: u32 = 39;
 pub(crate) const GET_STATUS: u32 = 40;
+pub(crate) const GET_SHMEM_CONFIG: u32 = 44;
 
 /// Requests that are answered whether or not an answer was asked for.
-const ANSWERED: [u32; 8] = [
+const ANSWERED: [u32; 9] = [
     GET_FEATURES,
     GET_VRING_BASE,
     GET_PROTOCOL_FEATURES,
@@ -48,6 +49,7 @@ const ANSWERED: [u32; 8] = [
     GET_INFLIGHT_FD,
     GET_MAX_MEM_SLOTS,
     GET_STATUS,
+    GET_SHMEM_CONFIG,
 ];
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
@@ -129,6 +131,13 @@ impl Message {
             return Ok(None);
         }
         Self::receive(with)?.map(Some).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Takes these bits out of a body that is 64 of them.
+    pub(crate) fn clear(&mut self, bits: u64) {
+        for (byte, cleared) in self.body.iter_mut().zip(bits.to_ne_bytes()) {
+            *byte &= !cleared;
+        }
     }
 
     /// The 32 bits at an offset of the body; zero past its end.

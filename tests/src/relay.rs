@@ -46,11 +46,19 @@ impl Relay {
     /// # Errors
     /// The socket cannot be made.
     pub fn start(socket: &Path, daemon: &Path) -> Result<Self, Failure> {
+        Self::withholding(0, socket, daemon)
+    }
+
+    /// The same without some of the protocol's features: the front-end does not hear that the daemon has these bits.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn withholding(features: u64, socket: &Path, daemon: &Path) -> Result<Self, Failure> {
         let listener = UnixListener::bind(socket)
             .map_err(Failure::io(format_args!("listen on {}", socket.display())))?;
         listener.set_nonblocking(true).map_err(Failure::io("change a socket"))?;
         let shared = Arc::new(Shared::default());
-        let session = Session { daemon: daemon.to_owned(), shared: Arc::clone(&shared) };
+        let session = Session { daemon: daemon.to_owned(), withheld: features, shared: Arc::clone(&shared) };
         let thread = thread::spawn(move || session.serve(&listener));
         Ok(Self { socket: socket.to_owned(), shared, thread: Some(thread) })
     }
@@ -79,6 +87,7 @@ impl Drop for Relay {
 
 struct Session {
     daemon: PathBuf,
+    withheld: u64,
     shared: Arc<Shared>,
 }
 
@@ -130,7 +139,10 @@ impl Session {
                     Err(_) => back = self.reconnect(&memory)?,
                 }
             };
-            if let Some(reply) = reply {
+            if let Some(mut reply) = reply {
+                if reply.request == message::GET_PROTOCOL_FEATURES {
+                    reply.clear(self.withheld);
+                }
                 reply.send(front)?;
                 memory.note_reply(&reply);
             }

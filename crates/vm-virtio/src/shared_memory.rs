@@ -77,6 +77,11 @@ impl Mappings {
         self.lens.get(&(range.region, range.offset)) == Some(&range.len)
     }
 
+    /// Whether nothing is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.lens.is_empty()
+    }
+
     /// Forgets a mapping.
     ///
     /// # Errors

@@ -209,6 +209,10 @@ impl Upcall {
     /// Asks for a mapping of a file, from `file_offset` on, in a shared memory region of the device. It stays until it is
     /// unmapped or the device is reset, also when the front-end is another one.
     ///
+    /// Whether the driver cannot write what is not `writable` is up to the host: QEMU 11.1 lets its guest write into every
+    /// file that is open for writing, and refuses others. What a guest must not change has to be safe by itself, as a
+    /// copy is.
+    ///
     /// # Errors
     /// Nothing is asked then, and [`Worker::upcall_done`](crate::Worker::upcall_done) does not come:
     /// [`UpcallError::Range`] for what is not whole pages of a region and a file, [`UpcallError::Busy`] beyond

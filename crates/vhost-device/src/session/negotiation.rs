@@ -209,7 +209,9 @@ impl<D: VirtioDevice> Session<'_, D> {
 
     /// Called when ring `at` is about to start: resets the device if the driver behind it begins from scratch, that is
     /// if the ring starts at the beginning although it had got further, as far as the rings that run already do not
-    /// contradict.
+    /// contradict. A mapping in shared memory says as much as a ring that had got further, unless it may be of a ring
+    /// that runs: the front-end has unmapped it if this is a reset, and the device would count on it for ever. If it is
+    /// none - the VM was paused before its driver's first request - the device maps again what it maps by itself.
     ///
     /// Some front-ends neither set the status to 0 nor send RESET_DEVICE (QEMU for its generic devices): a guest's
     /// reboot, or a driver that is bound again, looks no different through them. Nor does a new VM on the socket of one
@@ -230,7 +232,9 @@ impl<D: VirtioDevice> Session<'_, D> {
             let got_further = |ring: usize| {
                 stopped_at.get(ring).copied().flatten().is_some_and(|base| base != first_base(packed))
             };
-            if !begins || !got_further(at) || others.iter().any(|other| got_further(*other)) {
+            let mapped = others.is_empty() && !self.guest.shmem.borrow().mapped.is_empty();
+            let left_off = got_further(at) || mapped;
+            if !begins || !left_off || others.iter().any(|other| got_further(*other)) {
                 return;
             }
         }

@@ -87,6 +87,11 @@ impl MemoryTable {
         &self.ram
     }
 
+    /// How many memory slots are taken.
+    pub(crate) fn slots(&self) -> usize {
+        self.regions.len()
+    }
+
     /// SET_MEM_TABLE: these regions instead of all others.
     pub(crate) fn replaced(&self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<MemoryTable, MemoryError> {
         let mut regions = Vec::with_capacity(table.len());

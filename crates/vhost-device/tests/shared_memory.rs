@@ -13,9 +13,10 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, memfd_create};
 use support::echo::{PAGE, ask as op};
 use support::*;
-use vhost_device::DaemonOptions;
+use vhost_device::{DaemonOptions, MEMORY_SLOTS};
 use vhost_user::{
-    Answer, BackendCode, BackendListener, BackendReceived, BackendRequest, FrontendEndpoint, ProtocolFeatures,
+    Answer, BackendCode, BackendListener, BackendReceived, BackendRequest, FrontendEndpoint, MemoryRegion,
+    ProtocolFeatures,
 };
 use virtio_testkit::{RingLayout, SharedMemory, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{HostRequests, ShmRegion};
@@ -301,6 +302,32 @@ fn virtio_2_4_a_reset_answers_what_is_out_and_leaves_nothing_mapped() {
     }
     assert_eq!(text(&mut driver, &out), "done");
     assert_eq!((vmm.mappings(), vmm.read(0, 0), vmm.read(0, 4 * PAGE)), (1, Some(3), None));
+}
+
+/// QEMU makes a memory region of each mapping, and does not survive more of them than it has slots.
+#[test]
+fn peers_qemu_a_mapping_takes_a_memory_slot_and_the_last_one_is_left_alone() {
+    let file = numbered_pages();
+    let daemon = daemon(&file);
+    let mut driver = connected(&daemon);
+    let mut vmm = SharedMemory::new(&[(0, 16 * PAGE)]);
+    let first = driver.ram().regions().len() as u64;
+    let slot = |n: u64| MemoryRegion {
+        guest_addr: (1 << 40) + n * PAGE,
+        size: PAGE,
+        user_addr: (1 << 45) + n * PAGE,
+        mmap_offset: 0,
+    };
+    let last = MEMORY_SLOTS as u64 - 2;
+    for n in first..last {
+        driver.endpoint().add_mem_reg(slot(n), file.as_fd()).unwrap();
+    }
+    assert_eq!(served(&mut driver, &mut vmm, &[op::MAP, 0, 0, 1, 0, 0]), "done");
+    driver.endpoint().add_mem_reg(slot(last), file.as_fd()).unwrap();
+    assert_eq!(unserved(&mut driver, &[op::MAP, 0, 1, 1, 0, 0]), "too many at once");
+    assert_eq!(served(&mut driver, &mut vmm, &[op::UNMAP, 0, 0, 1]), "done");
+    driver.endpoint().rem_mem_reg(slot(last)).unwrap();
+    assert_eq!(served(&mut driver, &mut vmm, &[op::MAP, 0, 1, 1, 0, 0]), "done");
 }
 
 /// A front-end that does not say that it resets the device, as QEMU for its generic devices: a ring that begins again is

@@ -16,6 +16,7 @@ use vm_virtio::{Responder, ShmRange, Ticket, UpcallError, UpcallReply, UpcallReq
 
 use super::Session;
 use super::channel::Channel;
+use crate::memory::MEMORY_SLOTS;
 
 /// A question that the front-end was asked.
 pub(super) struct Question {
@@ -97,6 +98,10 @@ impl<D: VirtioDevice> Session<'_, D> {
         }
         let shmem = &self.guest.shmem;
         let (about, request) = match request {
+            UpcallRequest::Map { .. } if self.slots_are_taken() => {
+                responder.respond(Err(UpcallError::Busy));
+                return;
+            }
             UpcallRequest::Map { to, file, file_offset, writable } => {
                 if let Err(error) = shmem.borrow_mut().mapped.map(to) {
                     responder.respond(Err(error));
@@ -121,6 +126,14 @@ impl<D: VirtioDevice> Session<'_, D> {
             _ => return,
         };
         self.with_channel(|channel| channel.ask(request, about, responder));
+    }
+
+    /// Whether one more mapping may be more than the front-end has memory slots for. QEMU makes a memory region of each, of
+    /// all of its vhost-user devices, and ends with an assertion when there are too many (11.1). It tells of the region
+    /// after it has answered: one may be on its way, and so may those of mappings that are asked for.
+    fn slots_are_taken(&self) -> bool {
+        let coming = 1 + self.channel.as_ref().map_or(0, |channel| channel.questions.len());
+        self.memory.slots() + coming >= MEMORY_SLOTS
     }
 
     /// The channel is gone: who waits for an answer gets none, and what the front-end maps yet is stale.

@@ -4,7 +4,7 @@
 //! ratios from rounds in which the variants take turns. `-- --quick`: a short table only, to see that it runs.
 //! `-- --table`: the table only. `-- --fastest`: each cell's fastest laps, for a busy machine, and in-flight tracking;
 //! `-- --fastest packed cycle 8`: of that row, with eight regions.
-//! `-- --one split cycle 8 ours`: one cell over and over, for a profiler.
+//! `-- --one split cycle 8 ours`: one cell over and over, for a profiler; `tracked` is ours with in-flight tracking.
 #![allow(missing_docs, reason = "a benchmark has no interface")]
 #![allow(unreachable_pub, reason = "a benchmark has no interface")]
 mod bare;
@@ -42,6 +42,16 @@ fn variants(row: &'static Row, packed: bool, regions: u64) -> Vec<(&'static str,
         let peer = ("virtio-queue", boxed(guest(), Peer::new, row));
         vec![("bare", boxed(guest(), BareSplit::new, row)), ours, peer]
     }
+}
+
+/// The bare loop, our queue, and our queue with in-flight tracking.
+fn with_tracked(row: &'static Row, packed: bool, regions: u64) -> Vec<(&'static str, Box<dyn Run>)> {
+    let mut variants = variants(row, packed, regions);
+    variants.truncate(2);
+    let guest = Guest::new(regions, row.shape, packed);
+    let tracked = Ours::tracked(&guest);
+    variants.push(("tracked", Box::new(Bench::new(guest, tracked, row))));
+    variants
 }
 
 fn nanoseconds((time, chains): (Duration, u64)) -> f64 {
@@ -163,7 +173,7 @@ fn one(arguments: &[String]) {
     let [layout, id, regions, name] = arguments else { panic!("--one LAYOUT ROW REGIONS VARIANT") };
     let row = ROWS.iter().find(|row| row.id == id).expect("a row");
     let regions = regions.parse().expect("a number");
-    let mut variants = variants(row, layout == "packed", regions);
+    let mut variants = with_tracked(row, layout == "packed", regions);
     let (_, variant) = variants.iter_mut().find(|(known, _)| known == name).expect("a variant");
     let (mut time, mut chains) = (Duration::ZERO, 0);
     while time < Duration::from_secs(3) {
@@ -189,12 +199,8 @@ fn fastest(wanted: &[String]) {
             let mut found: [Vec<f64>; 3] = Default::default();
             for set in 0..8 {
                 let displaced = vec![0u8; set * 1040];
-                let mut variants = variants(row, packed, regions);
+                let mut variants = with_tracked(row, packed, regions);
                 std::hint::black_box(&displaced);
-                let guest = Guest::new(regions, row.shape, packed);
-                let tracked = Ours::tracked(&guest);
-                variants.truncate(2);
-                variants.push(("tracked", Box::new(Bench::new(guest, tracked, row))));
                 let mut least = [f64::INFINITY; 3];
                 for _ in 0..20 {
                     for (least, (_, variant)) in least.iter_mut().zip(&mut variants) {

@@ -93,11 +93,13 @@ enum Ring {
     Packed(Packed),
 }
 
-/// What there is to do beside the ring, when chains are completed and published.
+/// What there is to do beside the ring, when chains are popped, completed and published.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Nothing but in-flight tracking, which the rings do.
+    /// Nothing.
     Short,
+    /// In-flight tracking, which the rings do.
+    Tracked,
     /// Completions have an order, there is a log, or the ring is missing.
     Long,
 }
@@ -320,20 +322,31 @@ impl Queue {
     /// A chain of another queue is refused: it is counted here, and goes back to its own queue as if dropped.
     #[inline(always)]
     pub fn add_used(&mut self, chain: Chain, written: u32) {
+        // Before anything else is stored, so that who pops and completes in one go does not wait for what it just wrote.
+        let (id, descs) = self.arena.slot(&chain).map_or((0, 0), |slot| (slot.id(), slot.descs()));
         let slot = match self.arena.end(chain) {
             Ok(slot) => slot,
             Err(foreign) => return Self::refuse(&mut self.counters, foreign),
         };
-        if self.way == Way::Long || !self.arena.is_usual(slot) || written > slot.writable_len() {
+        let way = self.way;
+        if way == Way::Long || !self.arena.is_usual(slot) || written > slot.writable_len() {
             let slot = self.arena.index_of(slot);
             return self.add_used_slowly(slot, written);
         }
         self.counters.bytes_written += u64::from(written);
         // First, so that nothing is left to be done behind what the ring calls.
         self.arena.release_usual(slot);
-        match &mut self.ring {
-            Ring::Split(ring) => ring.put(slot, written),
-            Ring::Packed(ring) => ring.put(&self.arena, slot, written),
+        match (&mut self.ring, way) {
+            (Ring::Split(ring), Way::Short) => ring.put_run(id, written, 1),
+            (Ring::Packed(ring), Way::Short) => ring.put_run(id, written, descs),
+            (Ring::Split(ring), _) => {
+                std::hint::cold_path();
+                ring.put(slot, written);
+            }
+            (Ring::Packed(ring), _) => {
+                std::hint::cold_path();
+                ring.put(&self.arena, slot, written);
+            }
         }
     }
 
@@ -451,13 +464,27 @@ impl Queue {
     }
 
     /// For the lane runtime: makes the completions since the last time visible to the driver, at once. Returns whether
-    /// the driver wants an interrupt for them. Takes back dropped chains first.
+    /// the driver wants an interrupt for them. Takes back dropped chains, too.
     #[inline(always)]
     pub fn publish(&mut self) -> bool {
-        if self.arena.has_dropped() || self.way == Way::Long {
-            return self.publish_slowly();
+        let wanted = match (&mut self.ring, self.way) {
+            (Ring::Packed(ring), Way::Short) => ring.publish_batch(),
+            (Ring::Packed(ring), Way::Tracked) => {
+                std::hint::cold_path();
+                ring.publish()
+            }
+            (Ring::Split(ring), Way::Short | Way::Tracked) => ring.publish(),
+            (_, Way::Long) => {
+                std::hint::cold_path();
+                return self.publish_slowly();
+            }
+        };
+        // Last, as it is rare: nothing is between the last completion and its publication then.
+        if self.arena.has_dropped() {
+            std::hint::cold_path();
+            return self.publish_slowly() | wanted;
         }
-        self.publish_ring()
+        wanted
     }
 
     #[inline(never)]
@@ -491,8 +518,16 @@ impl Queue {
     }
 
     fn choose_way(&mut self) {
+        let tracks = match &self.ring {
+            Ring::Split(ring) => ring.inflight.is_some(),
+            Ring::Packed(ring) => ring.inflight.is_some(),
+        };
         let long = self.in_order.is_some() || self.log.is_some() || !self.has_ring();
-        self.way = if long { Way::Long } else { Way::Short };
+        self.way = match long {
+            true => Way::Long,
+            false if tracks => Way::Tracked,
+            false => Way::Short,
+        };
     }
 
     /// For the lane runtime, before it sleeps: asks the driver for a kick at the next buffer and looks once more.

@@ -168,41 +168,6 @@ impl Cursor {
     }
 }
 
-/// Used descriptors that are published together: how many descriptors they pass over, and where the next one goes.
-pub(super) struct Batch {
-    /// That place in bytes (low half), and the number (high half): one word, because a publication waits for all stores
-    /// before it.
-    place: u64,
-    /// AVAIL and USED in the lap of that place.
-    bits: u64,
-}
-
-impl Batch {
-    /// An empty one.
-    pub(super) fn new(position: RingPos) -> Batch {
-        let Cursor { offset, bits } = Cursor::used(position);
-        Batch { place: u64::from(offset), bits }
-    }
-
-    /// Where the next one goes.
-    #[inline(always)]
-    pub(super) fn end(&self) -> Cursor {
-        Cursor { offset: self.place as u32, bits: self.bits }
-    }
-
-    #[inline(always)]
-    pub(super) fn len(&self) -> u16 {
-        // Not above the size of the ring: the lists of a batch are in flight until it is published.
-        (self.place >> 32) as u16
-    }
-
-    /// The next one begins where this one ends.
-    #[inline(always)]
-    pub(super) fn clear(&mut self) {
-        self.place = u64::from(self.place as u32);
-    }
-}
-
 /// The descriptors of a packed ring.
 pub(super) struct PackedRing {
     host: *const u8,
@@ -260,24 +225,6 @@ impl PackedRing {
             std::hint::cold_path();
             *at = Cursor { offset: at.offset - self.len, bits: at.bits ^ (AVAIL | USED) };
         }
-    }
-
-    /// `count` descriptors are part of the batch: no more than the ring has.
-    #[inline(always)]
-    pub(super) fn pass(&self, batch: &mut Batch, count: u16) {
-        let place = batch.place.wrapping_add((u64::from(count) << 32) | (u64::from(count) * 16));
-        batch.place = place;
-        if place as u32 >= self.len {
-            std::hint::cold_path();
-            batch.place = place.wrapping_sub(u64::from(self.len));
-            batch.bits ^= AVAIL | USED;
-        }
-    }
-
-    /// Where the batch begins.
-    #[inline(always)]
-    pub(super) fn start(&self, batch: &Batch) -> Cursor {
-        self.back(batch.end(), batch.len())
     }
 
     /// So many before: no more than the ring has.

@@ -96,10 +96,15 @@ impl Split {
         self.used = UsedRing::new(&areas.device);
     }
 
+    #[inline(always)]
+    fn advance(&self) {
+        self.next_avail.set(self.next_avail.get().wrapping_add(1));
+    }
+
     /// The chain with this head is taken.
     #[inline(always)]
     fn popped(&mut self, head: u16) {
-        self.next_avail.set(self.next_avail.get().wrapping_add(1));
+        self.advance();
         if let Some(inflight) = &mut self.inflight {
             inflight.pop(head);
         }
@@ -154,7 +159,6 @@ impl Split {
     #[inline(always)]
     pub(super) fn note_used(&mut self, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
-            std::hint::cold_path();
             inflight.put(slot.id());
         }
     }
@@ -264,6 +268,11 @@ impl Queue {
             Walked::Unusual => return self.pop_split_carefully(last),
             Walked::Missing => return self.pop_otherwise(Why::Next(last.split_next())),
         }
+        if self.way == Way::Short {
+            ring.advance();
+            return Some(self.arena.take_named(slot));
+        }
+        std::hint::cold_path();
         ring.popped(slot.id());
         let chain = self.arena.take_named(slot);
         if self.way == Way::Long { self.popped(chain) } else { Some(chain) }

@@ -401,8 +401,9 @@ impl Arena {
     /// the buffer id (packed), `descs` the ring's descriptors.
     #[inline(always)]
     pub(super) fn take(&self, slot: &Slot, id: u16, descs: u16) -> Chain {
-        slot.set_name(id, descs, self.latest().wrapping_add(1));
-        self.take_named(slot)
+        let chain = self.take_named(slot);
+        slot.set_name(id, descs, self.latest());
+        chain
     }
 
     /// The same of one that has its name by now, too.

@@ -1,4 +1,4 @@
-//! The socket daemon beside rust-vmm's and beside Unix sockets themselves: throughput, round trips, connections, and
+//! The socket daemon beside rust-vmm's, a floor, and Unix sockets themselves: throughput, round trips, connections, and
 //! what holds with ten thousand of them.
 //!
 //! `cargo xtask bench vsock`. The guest is a driver in this process ([`SocketSession`]), clients are threads of it; all of them
@@ -11,9 +11,11 @@
 //! | `one.rs` | cases with one connection at a time |
 //! | `many.rs` | ten thousand connections |
 //! | `daemon.rs` | a daemon and its clients |
+//! | `relay.rs` | the floor of a daemon: the same wake-ups and nothing else |
 mod daemon;
 mod many;
 mod one;
+mod relay;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,7 +58,7 @@ impl Row {
     }
 }
 
-/// Of each contender, then of Unix sockets themselves: what was measured in each round.
+/// Of each contender, then of the floor and of Unix sockets themselves: what was measured in each round.
 struct Table {
     names: Vec<String>,
     rows: Vec<(Row, Vec<Vec<f64>>)>,
@@ -65,7 +67,7 @@ struct Table {
 impl Table {
     fn new(contenders: &[Contender]) -> Table {
         let names = contenders.iter().map(|contender| contender.name.clone());
-        Table { names: names.chain(["AF_UNIX".to_owned()]).collect(), rows: Vec::new() }
+        Table { names: names.chain(["floor", "AF_UNIX"].map(str::to_owned)).collect(), rows: Vec::new() }
     }
 
     fn add(&mut self, row: Row, column: usize, figure: f64) {
@@ -79,7 +81,7 @@ impl Table {
     fn print(self) {
         print!("{:40}", "");
         self.names.iter().for_each(|name| print!(" {name:>12}"));
-        println!(" {:>14} {:>14}", "of rust-vmm's", "of AF_UNIX");
+        println!(" {:>14} {:>14} {:>14}", "of rust-vmm's", "of the floor", "of AF_UNIX");
         let column = |name: &str| self.names.iter().position(|known| known == name);
         for (row, columns) in self.rows {
             let medians: Vec<Option<f64>> = columns.into_iter().map(median).collect();
@@ -89,7 +91,7 @@ impl Table {
                 let text = figure.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.*}", row.digits));
                 print!(" {text:>12}");
             }
-            for other in ["rust-vmm", "AF_UNIX"] {
+            for other in ["rust-vmm", "floor", "AF_UNIX"] {
                 let quality = of("ours").zip(of(other)).map(|(ours, other)| row.quality(ours, other));
                 print!(" {:>14}", quality.map_or_else(|| "-".to_owned(), |quality| format!("{quality:.2}")));
             }
@@ -139,7 +141,12 @@ fn figures() -> Result<(), Failed> {
 }
 
 fn main() -> ExitCode {
-    match figures() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let done = match arguments.as_slice() {
+        [_, first, path] if first == relay::ARGUMENT => relay::main(path),
+        _ => figures(),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench vsock: {error}");

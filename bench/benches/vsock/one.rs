@@ -1,6 +1,7 @@
 //! One connection at a time: how much it carries, how long a round trip takes, how many come and go in a second.
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use virtio_testkit::load::pin_current_thread;
 use virtio_testkit::load::sockets::{ECHO, FLOOD, SINK, SocketSession};
 
 use crate::daemon::{Daemon, client};
+use crate::relay::Relay;
 use crate::{Contender, Failed, Row, Table};
 
 const ROUND: Duration = Duration::from_millis(200);
@@ -59,7 +61,14 @@ pub(crate) fn round(
                 Err(error) => eprintln!("{}, {}: {error}", contender.name, row.name),
             }
         }
-        table.add(row, contenders.len(), bare(what)?);
+        if let What::RoundTrip | What::Connections = what {
+            let (figure, used) = relay(what)?;
+            table.add(row, contenders.len(), figure);
+            if let Some(row) = cpu {
+                table.add(row, contenders.len(), used);
+            }
+        }
+        table.add(row, contenders.len() + 1, bare(what)?);
     }
     Ok(())
 }
@@ -105,28 +114,48 @@ fn measure(what: What, contender: &Contender) -> Result<(f64, f64), Failed> {
     let mut session = daemon.guest(&ram, contender.layout, payload)?;
     let path = daemon.path();
     let cpu = session.backend_cpu()?;
-    let (figure, count) = beside(&mut session, || {
-        Ok(match what {
-            What::ToHost(_) => (reads(&mut client(&path, FLOOD)?)?, 1),
-            What::ToGuest(size) => (writes(&mut client(&path, SINK)?, size)?, 1),
-            What::RoundTrip => round_trips(&mut client(&path, ECHO)?)?,
-            What::Connections => {
-                let (begun, mut count) = (Instant::now(), 0u64);
-                while begun.elapsed() < ROUND {
-                    drop(client(&path, SINK)?);
-                    count += 1;
-                }
-                (count as f64 / begun.elapsed().as_secs_f64() / 1e3, count)
-            }
-        })
-    })?;
+    let (figure, count) = beside(&mut session, || clients(what, &path))?;
     let used = session.backend_cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6;
     Ok((figure, used / count as f64))
+}
+
+/// The same of the relay.
+fn relay(what: What) -> Result<(f64, f64), Failed> {
+    let relay = Relay::start()?;
+    let (path, cpu) = (relay.path(), relay.cpu()?);
+    let (figure, count) = beside_guest(|enough| relay.answer(enough), || clients(what, &path))?;
+    let used = relay.cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6;
+    Ok((figure, used / count as f64))
+}
+
+/// The figure, as clients find it, and of how many round trips or connections.
+fn clients(what: What, path: &Path) -> Result<(f64, u64), Failed> {
+    Ok(match what {
+        What::ToHost(_) => (reads(&mut client(path, FLOOD)?)?, 1),
+        What::ToGuest(size) => (writes(&mut client(path, SINK)?, size)?, 1),
+        What::RoundTrip => round_trips(&mut client(path, ECHO)?)?,
+        What::Connections => {
+            let (begun, mut count) = (Instant::now(), 0u64);
+            while begun.elapsed() < ROUND {
+                drop(client(path, SINK)?);
+                count += 1;
+            }
+            (count as f64 / begun.elapsed().as_secs_f64() / 1e3, count)
+        }
+    })
 }
 
 /// What a thread with clients finds, while the guest keeps up with them.
 pub(crate) fn beside<T: Send>(
     session: &mut SocketSession<'_>,
+    clients: impl FnOnce() -> Result<T, Failed> + Send,
+) -> Result<T, Failed> {
+    beside_guest(|enough| Ok(session.run(enough)?), clients)
+}
+
+/// The same beside any guest: what keeps up until it is enough.
+fn beside_guest<T: Send>(
+    guest: impl FnOnce(&dyn Fn() -> bool) -> Result<(), Failed>,
     clients: impl FnOnce() -> Result<T, Failed> + Send,
 ) -> Result<T, Failed> {
     let done = AtomicBool::new(false);
@@ -136,7 +165,7 @@ pub(crate) fn beside<T: Send>(
             done.store(true, Ordering::SeqCst);
             result
         });
-        let served = session.run(|| done.load(Ordering::SeqCst));
+        let served = guest(&|| done.load(Ordering::SeqCst));
         let result = clients.join().map_err(|_| "a client panicked")?;
         served?;
         result

@@ -28,15 +28,22 @@ impl TempDir {
     /// If it cannot be made.
     #[expect(clippy::new_without_default, reason = "it makes a directory")]
     pub fn new() -> TempDir {
+        TempDir::try_new().unwrap_or_else(|error| panic!("no new directory: {error}"))
+    }
+
+    /// The same for who can say what is wrong.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn try_new() -> std::io::Result<TempDir> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         loop {
             let name = format!("testkit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);
             match std::fs::create_dir(&path) {
-                Ok(()) => return TempDir(path),
                 // Of a process that had this number, and was killed.
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => panic!("no new directory {}: {error}", path.display()),
+                made => return made.map(|()| TempDir(path)),
             }
         }
     }

@@ -1,6 +1,5 @@
 //! Who is measured: back-ends behind a socket, back-ends that are started anew for each case, and floors, which are
 //! processes of this program.
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -10,6 +9,7 @@ use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use virtio_testkit::daemon::TempDir;
 use virtio_testkit::load::floor::{self, Floor};
 use virtio_testkit::load::{LoadError, Target};
 
@@ -69,7 +69,7 @@ pub(crate) enum Contender {
 /// A process that ends with its owner, and the folder of its socket.
 pub(crate) struct Running {
     child: Child,
-    folder: Option<PathBuf>,
+    _folder: Option<TempDir>,
 }
 
 impl Drop for Running {
@@ -77,9 +77,6 @@ impl Drop for Running {
         // It may have ended with its connection.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if let Some(folder) = &self.folder {
-            let _ = fs::remove_dir_all(folder);
-        }
     }
 }
 
@@ -92,9 +89,8 @@ impl Spawned {
     }
 
     /// Starts it and waits for its socket. `words` are what stands for what.
-    fn start(&self, number: usize, words: &[(&str, String)]) -> io::Result<(Running, PathBuf)> {
-        let folder = std::env::temp_dir().join(format!("vhost-probe-{}-{number}", std::process::id()));
-        fs::create_dir(&folder)?;
+    fn start(&self, words: &[(&str, String)]) -> io::Result<(Running, PathBuf)> {
+        let folder = TempDir::try_new()?;
         let socket = folder.join("socket");
         let put = |word: &str| {
             let word = word.replace("{}", &socket.to_string_lossy());
@@ -105,10 +101,9 @@ impl Spawned {
         let mut command = Command::new(&program);
         command.args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().inspect_err(|_| drop(fs::remove_dir(&folder)))?;
-        let mut running = Running { child, folder: Some(folder.clone()) };
         // Some number their sockets even if there is only one.
-        let names = [socket, folder.join("socket0")];
+        let names = [socket.clone(), folder.join("socket0")];
+        let mut running = Running { child: command.spawn()?, _folder: Some(folder) };
         let deadline = Instant::now() + START;
         loop {
             if let Some(socket) = names.iter().find(|socket| socket.exists()) {
@@ -156,7 +151,7 @@ impl Contender {
                 let failed = |error| LoadError::System("starting the back-end", error);
                 let mut words = setting.words.clone();
                 words.push(("{queues}", case.queues.to_string()));
-                let (running, socket) = spawned.start(processes.len(), &words).map_err(failed)?;
+                let (running, socket) = spawned.start(&words).map_err(failed)?;
                 processes.push(running);
                 Ok(Target::Path(socket))
             }
@@ -174,7 +169,7 @@ impl Contender {
                     .spawn()
                     .map_err(failed)?;
                 let pid = child.id();
-                processes.push(Running { child, folder: None });
+                processes.push(Running { child, _folder: None });
                 Ok(Target::Connected(ours, pid))
             }
         }

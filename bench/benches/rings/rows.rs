@@ -129,94 +129,114 @@ impl<D: Device> Bench<D> {
         Bench { guest, device, row, kept: Vec::with_capacity(1024) }
     }
 
-    /// One ring full. What belongs to the row is between the two looks at the clock.
-    #[inline(never)]
+    /// One ring full.
     fn lap(&mut self) -> (Duration, u64) {
         self.guest.refill();
-        let device = &mut self.device;
-        let kept = &mut self.kept;
         let chains = u64::from(self.guest.shape.chains());
-        let start;
-        let time;
+        let time = match self.row.what {
+            What::Pop => self.pop(),
+            What::PopTranslated => self.pop_translated(),
+            What::PopRead => self.pop_read(),
+            What::AddUsed => self.add_used(),
+            What::Cycle => self.cycle(),
+            What::Drain => self.drain(),
+            What::Batches => self.batches(),
+        };
         match self.row.what {
-            // Chains are kept, as by a device whose requests take time, and completed outside of the measurement.
-            What::Pop => {
-                start = Instant::now();
-                while let Some(chain) = device.pop() {
-                    kept.push(chain);
+            // Chains were kept, as by a device whose requests take time, and are completed outside of the measurement.
+            What::Pop | What::PopTranslated | What::PopRead => {
+                assert_eq!(self.kept.len() as u64, chains);
+                for chain in self.kept.drain(..) {
+                    self.device.add_used(chain, 1);
                 }
-                time = start.elapsed();
+                black_box(self.device.publish());
             }
-            What::PopTranslated => {
-                start = Instant::now();
-                while let Some((chain, sum)) = device.pop_translated() {
-                    black_box(sum);
-                    kept.push(chain);
-                }
-                time = start.elapsed();
-            }
-            What::PopRead => {
-                start = Instant::now();
-                while let Some((chain, first)) = device.pop_read() {
-                    black_box(first);
-                    kept.push(chain);
-                }
-                time = start.elapsed();
-            }
-            What::AddUsed => {
-                while let Some(chain) = device.pop() {
-                    kept.push(chain);
-                }
-                start = Instant::now();
-                for chain in kept.drain(..) {
-                    device.add_used(chain, 1);
-                    black_box(device.publish());
-                }
-                time = start.elapsed();
-            }
-            What::Cycle => {
-                start = Instant::now();
-                while let Some(chain) = device.pop() {
-                    device.add_used(chain, 1);
-                    black_box(device.publish());
-                }
-                return (start.elapsed(), chains);
-            }
-            What::Drain => {
-                start = Instant::now();
-                while let Some(chain) = device.pop() {
-                    device.add_used(chain, 1);
-                }
-                black_box(device.publish());
-                return (start.elapsed(), chains);
-            }
-            What::Batches => {
-                start = Instant::now();
-                loop {
-                    while kept.len() < 32
-                        && let Some(chain) = device.pop()
-                    {
-                        kept.push(chain);
-                    }
-                    if kept.is_empty() {
-                        break;
-                    }
-                    for chain in kept.drain(..) {
-                        device.add_used(chain, 1);
-                    }
-                    black_box(device.publish());
-                }
-                return (start.elapsed(), chains);
-            }
-        }
-        if self.row.what != What::AddUsed {
-            assert_eq!(kept.len() as u64, chains);
-            for chain in kept.drain(..) {
-                device.add_used(chain, 1);
-            }
-            black_box(device.publish());
+            _ => {}
         }
         (time, chains)
+    }
+}
+
+/// The rows. What belongs to one is between the two looks at the clock. Functions of their own, as a device's would be: in one,
+/// each would be laid out around all others.
+impl<D: Device> Bench<D> {
+    #[inline(never)]
+    fn pop(&mut self) -> Duration {
+        let start = Instant::now();
+        while let Some(chain) = self.device.pop() {
+            self.kept.push(chain);
+        }
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn pop_translated(&mut self) -> Duration {
+        let start = Instant::now();
+        while let Some((chain, sum)) = self.device.pop_translated() {
+            black_box(sum);
+            self.kept.push(chain);
+        }
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn pop_read(&mut self) -> Duration {
+        let start = Instant::now();
+        while let Some((chain, first)) = self.device.pop_read() {
+            black_box(first);
+            self.kept.push(chain);
+        }
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn add_used(&mut self) -> Duration {
+        self.pop();
+        let start = Instant::now();
+        for chain in self.kept.drain(..) {
+            self.device.add_used(chain, 1);
+            black_box(self.device.publish());
+        }
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn cycle(&mut self) -> Duration {
+        let start = Instant::now();
+        while let Some(chain) = self.device.pop() {
+            self.device.add_used(chain, 1);
+            black_box(self.device.publish());
+        }
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn drain(&mut self) -> Duration {
+        let start = Instant::now();
+        while let Some(chain) = self.device.pop() {
+            self.device.add_used(chain, 1);
+        }
+        black_box(self.device.publish());
+        start.elapsed()
+    }
+
+    #[inline(never)]
+    fn batches(&mut self) -> Duration {
+        let start = Instant::now();
+        loop {
+            while self.kept.len() < 32
+                && let Some(chain) = self.device.pop()
+            {
+                self.kept.push(chain);
+            }
+            if self.kept.is_empty() {
+                return start.elapsed();
+            }
+            for chain in self.kept.drain(..) {
+                self.device.add_used(chain, 1);
+            }
+            black_box(self.device.publish());
+        }
     }
 }
 

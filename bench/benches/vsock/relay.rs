@@ -2,8 +2,8 @@
 //!
 //! It has the clients' socket, and the two descriptors by which it and the guest wake each other. What a client sends, and
 //! that it comes and goes, it tells the guest by one wake-up; the guest's answer is one, too, and what a client waits for is sent
-//! then. There are no rings, no packets and no shared memory. It runs as a process of its own, as daemons do: a wake-up
-//! then is a change of address space.
+//! then. There are no rings, no packets and no shared memory, on the guest's side neither. It runs as a process of its own, as
+//! daemons do: a wake-up then is a change of address space.
 use std::collections::VecDeque;
 use std::fs;
 use std::io::{ErrorKind, Read, Write, stdin, stdout};
@@ -43,7 +43,10 @@ type Client = Option<(UnixStream, bool)>;
 /// `ARGUMENT PATH`: the clients' socket. The guest wakes it by what is its standard input, and is woken by its standard output.
 pub(crate) fn main(path: &str) -> Result<(), Failed> {
     let (kick, call) = (stdin(), stdout());
-    let listener = UnixListener::bind(path)?;
+    // It has its name when it listens.
+    let unnamed = format!("{path}.new");
+    let listener = UnixListener::bind(&unnamed)?;
+    fs::rename(unnamed, path)?;
     listener.set_nonblocking(true)?;
     let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let watch = |file: BorrowedFd<'_>, key| {
@@ -74,7 +77,7 @@ pub(crate) fn main(path: &str) -> Result<(), Failed> {
                 LISTENER => {
                     let (mut stream, _) = listener.accept()?;
                     stream.set_nonblocking(true)?;
-                    let at = clients.iter().position(Option::is_none).unwrap_or(clients.len());
+                    let at = clients.len();
                     watch(stream.as_fd(), at as u64)?;
                     // Most have written by now.
                     let asked = stream.read(&mut part).is_ok();
@@ -82,10 +85,8 @@ pub(crate) fn main(path: &str) -> Result<(), Failed> {
                         answers.push_back(Answer::Open(at));
                         tell()?;
                     }
-                    if at == clients.len() {
-                        clients.push(None);
-                    }
-                    clients[at] = Some((stream, asked));
+                    // Each has a number of its own: an answer that is on its way is nobody else's.
+                    clients.push(Some((stream, asked)));
                 }
                 at => {
                     let at = at as usize;

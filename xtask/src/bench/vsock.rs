@@ -1,4 +1,4 @@
-//! `cargo xtask bench vsock`: our socket daemon beside rust-vmm's and beside Unix sockets themselves, in turns on one CPU.
+//! `cargo xtask bench vsock`: our socket daemon beside rust-vmm's, a floor and Unix sockets themselves, in turns on one CPU.
 //! What is measured and how: `bench/benches/vsock.rs`.
 use super::peer::Peer;
 use super::wait;

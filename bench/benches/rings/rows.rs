@@ -134,9 +134,9 @@ impl<D: Device> Bench<D> {
         self.guest.refill();
         let chains = u64::from(self.guest.shape.chains());
         let time = match self.row.what {
-            What::Pop => self.pop(),
-            What::PopTranslated => self.pop_translated(),
-            What::PopRead => self.pop_read(),
+            What::Pop => self.pop(|device| Some((device.pop()?, ()))),
+            What::PopTranslated => self.pop(D::pop_translated),
+            What::PopRead => self.pop(D::pop_read),
             What::AddUsed => self.add_used(),
             What::Cycle => self.cycle(),
             What::Drain => self.drain(),
@@ -160,30 +160,12 @@ impl<D: Device> Bench<D> {
 /// The rows. What belongs to one is between the two looks at the clock. Functions of their own, as a device's would be: in one,
 /// each would be laid out around all others.
 impl<D: Device> Bench<D> {
+    /// Pops all there are, and does something with each. A function for each kind of something.
     #[inline(never)]
-    fn pop(&mut self) -> Duration {
+    fn pop<T>(&mut self, mut pop: impl FnMut(&mut D) -> Option<(D::Chain, T)>) -> Duration {
         let start = Instant::now();
-        while let Some(chain) = self.device.pop() {
-            self.kept.push(chain);
-        }
-        start.elapsed()
-    }
-
-    #[inline(never)]
-    fn pop_translated(&mut self) -> Duration {
-        let start = Instant::now();
-        while let Some((chain, sum)) = self.device.pop_translated() {
-            black_box(sum);
-            self.kept.push(chain);
-        }
-        start.elapsed()
-    }
-
-    #[inline(never)]
-    fn pop_read(&mut self) -> Duration {
-        let start = Instant::now();
-        while let Some((chain, first)) = self.device.pop_read() {
-            black_box(first);
+        while let Some((chain, found)) = pop(&mut self.device) {
+            black_box(found);
             self.kept.push(chain);
         }
         start.elapsed()
@@ -191,7 +173,7 @@ impl<D: Device> Bench<D> {
 
     #[inline(never)]
     fn add_used(&mut self) -> Duration {
-        self.pop();
+        self.pop(|device| Some((device.pop()?, ())));
         let start = Instant::now();
         for chain in self.kept.drain(..) {
             self.device.add_used(chain, 1);

@@ -6,10 +6,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use virtio_testkit::daemon::TempDir;
-use virtio_testkit::load::{Placement, Target, sockets::SocketSession};
+use virtio_testkit::load::{Placement, Process, Target, sockets::SocketSession};
 use virtio_testkit::{RingLayout, TestRam};
 
 use crate::Failed;
+
+/// The name of the clients' socket.
+pub(crate) const CLIENTS: &str = "vm";
 
 /// Ends with its owner.
 pub(crate) struct Daemon {
@@ -27,29 +30,44 @@ impl Drop for Daemon {
 impl Daemon {
     pub(crate) fn start(program: &Path) -> Result<Daemon, Failed> {
         let dir = TempDir::new();
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(["--guest-cid", "3", "--socket"])
             .arg(dir.join("vhost"))
             .arg("--uds-path")
-            .arg(dir.join("vm"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let daemon = Daemon { child, dir };
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while !daemon.dir.join("vhost").exists() || !daemon.path().exists() {
-            if Instant::now() > deadline {
-                return Err(format!("{} does not listen", program.display()).into());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+            .arg(dir.join(CLIENTS));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let daemon = Daemon::spawned(&mut command, dir)?;
+        daemon.await_socket("vhost")?;
         Ok(daemon)
+    }
+
+    /// A program that listens for clients in this folder.
+    pub(crate) fn spawned(command: &mut Command, dir: TempDir) -> Result<Daemon, Failed> {
+        let daemon = Daemon { child: command.spawn()?, dir };
+        daemon.await_socket(CLIENTS)?;
+        Ok(daemon)
+    }
+
+    fn await_socket(&self, name: &str) -> Result<(), Failed> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.dir.join(name).exists() {
+            if Instant::now() > deadline {
+                return Err(format!("nobody listens at {name}").into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Where clients connect.
     pub(crate) fn path(&self) -> PathBuf {
-        self.dir.join("vm")
+        self.dir.join(CLIENTS)
+    }
+
+    /// Its CPU time so far.
+    pub(crate) fn cpu_time(&self) -> Result<Duration, Failed> {
+        Ok(Process::new(self.child.id()).cpu_time()?)
     }
 
     /// A guest whose packets carry that much, on the same CPU.

@@ -122,9 +122,9 @@ fn measure(what: What, contender: &Contender) -> Result<(f64, f64), Failed> {
 /// The same of the relay.
 fn relay(what: What) -> Result<(f64, f64), Failed> {
     let relay = Relay::start()?;
-    let (path, cpu) = (relay.path(), relay.cpu()?);
+    let (path, cpu) = (relay.daemon.path(), relay.daemon.cpu_time()?);
     let (figure, count) = beside_guest(|enough| relay.answer(enough), || clients(what, &path))?;
-    let used = relay.cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6;
+    let used = relay.daemon.cpu_time()?.saturating_sub(cpu).as_secs_f64() * 1e6;
     Ok((figure, used / count as f64))
 }
 

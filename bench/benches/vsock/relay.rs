@@ -9,9 +9,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write, stdin, stdout};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::Timespec;
@@ -19,6 +17,7 @@ use virtio_testkit::daemon::TempDir;
 use virtio_testkit::load::pin_current_thread;
 
 use crate::Failed;
+use crate::daemon::{CLIENTS, Daemon};
 
 /// The program's first argument, if it is to be the relay.
 pub(crate) const ARGUMENT: &str = "--relay";
@@ -119,17 +118,9 @@ fn send(clients: &mut [Client], at: usize, bytes: &[u8]) -> Result<(), Failed> {
 
 /// The relay, and the guest's end of it.
 pub(crate) struct Relay {
-    process: Child,
-    dir: TempDir,
+    pub(crate) daemon: Daemon,
     kick: OwnedFd,
     call: OwnedFd,
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl Relay {
@@ -138,33 +129,10 @@ impl Relay {
         pin_current_thread()?;
         let dir = TempDir::new();
         let (kick, call) = (eventfd(0, EventfdFlags::CLOEXEC)?, eventfd(0, EventfdFlags::CLOEXEC)?);
-        let process = Command::new(std::env::current_exe()?)
-            .arg(ARGUMENT)
-            .arg(dir.join("vm"))
-            .stdin(Stdio::from(kick.try_clone()?))
-            .stdout(Stdio::from(call.try_clone()?))
-            .spawn()?;
-        let relay = Relay { process, dir, kick, call };
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while !relay.path().exists() {
-            if Instant::now() > deadline {
-                return Err("the relay does not listen".into());
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(relay)
-    }
-
-    /// Where clients connect.
-    pub(crate) fn path(&self) -> PathBuf {
-        self.dir.join("vm")
-    }
-
-    /// Its CPU time so far.
-    pub(crate) fn cpu(&self) -> Result<Duration, Failed> {
-        let text = fs::read_to_string(format!("/proc/{}/schedstat", self.process.id()))?;
-        let nanoseconds = text.split_whitespace().next().ok_or("no CPU time")?;
-        Ok(Duration::from_nanos(nanoseconds.parse()?))
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(ARGUMENT).arg(dir.join(CLIENTS));
+        command.stdin(Stdio::from(kick.try_clone()?)).stdout(Stdio::from(call.try_clone()?));
+        Ok(Relay { daemon: Daemon::spawned(&mut command, dir)?, kick, call })
     }
 
     /// The guest: answers each wake-up by one, until it is enough. It sleeps and wakes as the driver of the daemons does.

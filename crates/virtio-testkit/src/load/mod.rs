@@ -35,10 +35,9 @@ use crate::{Buf, DriverError, RingLayout, TestRam, VhostUserDriver, VhostUserOpt
 pub use console::{ConsoleOutput, Outlet};
 pub use disk::{Access, BlockRequests, Disk};
 pub use histogram::Histogram;
-pub use placement::{Placement, PlacementError, pin_current_thread};
+pub use placement::{Placement, PlacementError, Process, pin_current_thread};
 pub use requests::{Entropy, Requests};
 
-use placement::Process;
 use ring::FastRing;
 
 /// How long a socket may be away.

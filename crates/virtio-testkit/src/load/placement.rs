@@ -41,9 +41,14 @@ pub enum PlacementError {
 
 /// The process of a back-end.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Process(u32);
+pub struct Process(u32);
 
 impl Process {
+    /// The one with this number.
+    pub fn new(pid: u32) -> Process {
+        Process(pid)
+    }
+
     /// `known`, or who listened at the other end of `socket`.
     pub(super) fn behind(socket: &UnixStream, known: Option<u32>) -> Result<Process, PlacementError> {
         if let Some(pid) = known {
@@ -65,7 +70,10 @@ impl Process {
     }
 
     /// CPU time of all threads that there are.
-    pub(super) fn cpu_time(self) -> Result<Duration, PlacementError> {
+    ///
+    /// # Errors
+    /// There is no such process, or it is not to be looked at.
+    pub fn cpu_time(self) -> Result<Duration, PlacementError> {
         let failed = |error| PlacementError::Time(self.0, error);
         let mut sum = 0;
         for thread in self.threads().map_err(failed)? {

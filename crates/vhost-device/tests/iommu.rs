@@ -4,7 +4,10 @@ mod support;
 use std::os::fd::AsFd;
 
 use support::*;
-use vhost_user::{Error, FrontendEndpoint, IotlbAccess, IotlbChange, IotlbReport, ProtocolFeatures};
+use vhost_user::{
+    BackendListener, Error, FrontendCode, FrontendEndpoint, IotlbAccess, IotlbChange, IotlbReport,
+    ProtocolFeatures, flags,
+};
 use virtio_testkit::{Buf, RingLayout, VhostUserDriver, VhostUserOptions};
 use vm_virtio::{Features, GuestAddress, Status};
 
@@ -242,6 +245,50 @@ fn iommu_hostile_updates_are_refused_and_floods_are_bounded() {
     assert_eq!(ask(&mut driver, 0, b"fine"), b"fine");
     driver.endpoint().iotlb(IotlbChange::Invalidate { iova: u64::MAX, size: u64::MAX }).unwrap();
     assert_eq!(ask(&mut driver, 0, b"fine"), b"fine");
+}
+
+/// IOTLB_MSG has a reply of its own: whether it is asked for makes no difference, and there is never a second one.
+#[test]
+fn iommu_every_message_is_answered_asked_for_or_not() {
+    let (_daemon, mut driver) = started(RingLayout::Split);
+    let endpoint = driver.endpoint();
+    let code = FrontendCode::IotlbMsg;
+    // Invalidate everything; an update to nowhere.
+    let [good, bad] = [(3_u8, 0_u64), (2, 1)].map(|(kind, size)| {
+        [&[0; 8], &size.to_ne_bytes()[..], &u64::MAX.to_ne_bytes(), &[3, kind, 0, 0, 0, 0, 0, 0]].concat()
+    });
+    for need_reply in [0, flags::NEED_REPLY] {
+        endpoint.send(code.code(), need_reply, &[&good], &[]).unwrap();
+        endpoint.receive_ack(code).unwrap();
+        endpoint.send(code.code(), need_reply, &[&bad], &[]).unwrap();
+        let refused = endpoint.receive_ack(code);
+        assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
+        assert!(endpoint.get_features().is_ok(), "no second reply");
+    }
+}
+
+/// "Suspended device state": a translation that was missing for a ring is not asked for when the ring is stopped. The
+/// front-end says late where requests go, so that the miss has to wait.
+#[test]
+fn iommu_suspended_devices_ask_for_nothing() {
+    let daemon = TestDaemon::start();
+    let mut driver = VhostUserDriver::connect(daemon.socket(0), behind(RingLayout::Split)).unwrap();
+    let protocol = driver.protocol_features();
+    driver.stop().unwrap();
+    let channel = |driver: &mut VhostUserDriver| {
+        let (listener, other) = BackendListener::pair(protocol).unwrap();
+        driver.endpoint().set_backend_req_fd(other.as_fd()).unwrap();
+        listener
+    };
+    // Nobody listens any more.
+    drop(channel(&mut driver));
+    go_on(&mut driver);
+    driver.endpoint().get_vring_base(0).unwrap();
+    let mut listener = channel(&mut driver);
+    assert!(listener.wait(NEVER).unwrap().is_none(), "suspended");
+    go_on(&mut driver);
+    let asked = listener.wait(SOON).unwrap().expect("a miss");
+    assert!(matches!(asked.request, vhost_user::BackendRequest::Iotlb(IotlbReport::Miss { .. })));
 }
 
 #[test]

@@ -73,9 +73,11 @@ impl<D: VirtioDevice> Session<'_, D> {
     /// Tells the front-end that a ring is broken. A file is not written on this thread: the front-end can make it block.
     /// Whoever can be made to do so again and again waits for the ticket, so that no more than one is under way.
     pub(super) fn signal_error(&mut self, at: usize) -> Ticket<()> {
-        match self.rings.get(at).map(|ring| &ring.err) {
-            Some(Notify::File(file)) => return self.guest.engine.signal(at as u16, file.clone()),
-            Some(Notify::Unsaid) if self.in_band().is_some() => {
+        let Some(ring) = self.rings.get(at) else { return Ticket::ready(()) };
+        match &ring.err {
+            Notify::File(file) => return self.guest.engine.signal(at as u16, file.clone()),
+            // Not of a ring that was stopped meanwhile: a suspended device sends no messages.
+            Notify::Unsaid if self.in_band().is_some() && ring.kick.is_some() => {
                 let error = BackendRequest::VringErr { index: at as u32 };
                 self.with_channel(|channel| channel.socket.request(error, true).map(|_| ()));
             }

@@ -88,9 +88,16 @@ impl<D: VirtioDevice> Session<'_, D> {
         true
     }
 
+    /// No ring is started: nothing is missing any more, and a suspended device says nothing.
+    pub(super) fn forget_reports(&mut self) {
+        if !self.is_started() {
+            self.reports.clear();
+        }
+    }
+
     /// Tells the front-end, now or when the channel has room.
     pub(super) fn report(&mut self, report: IotlbReport) {
-        if self.reports.len() < REPORTS {
+        if self.is_started() && self.reports.len() < REPORTS {
             self.reports.push_back(report);
         }
         self.send_reports();

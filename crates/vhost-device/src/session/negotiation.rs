@@ -88,6 +88,11 @@ impl<D: VirtioDevice> Session<'_, D> {
         self.endpoint.protocol_features().contains(ProtocolFeatures::STATUS)
     }
 
+    /// Whether any ring is started, running or not.
+    pub(super) fn is_started(&self) -> bool {
+        self.rings.iter().any(|ring| ring.kick.is_some())
+    }
+
     pub(super) fn is_suspended(&self) -> bool {
         self.rings.iter().all(|ring| ring.running.is_none())
     }
@@ -185,6 +190,7 @@ impl<D: VirtioDevice> Session<'_, D> {
             // Without bit 30 there is no message that would enable it again.
             ring.enabled = !self.enable_rules;
         }
+        self.forget_reports();
     }
 
     pub(super) async fn set_status(&mut self, status: u8) -> Result<(), Refused> {

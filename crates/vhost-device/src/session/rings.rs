@@ -79,6 +79,8 @@ impl<D: VirtioDevice> Session<'_, D> {
         let packed = self.packed();
         let ran = self.rings[at].running.is_some();
         self.halt(at).await;
+        // What there is to say about the ring is said before it is stopped: a suspended device says nothing.
+        self.pass_on_events();
         if ran {
             self.remember(at as u16, packed);
         }
@@ -87,6 +89,7 @@ impl<D: VirtioDevice> Session<'_, D> {
         let base = ring.base(packed);
         ring.position = Position::Base(base);
         ring.kick = None;
+        self.forget_reports();
         self.forget_translations().await?;
         Ok(base)
     }

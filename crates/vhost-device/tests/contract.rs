@@ -1,6 +1,7 @@
 //! The checklist of the vhost-user contract, line by line, over a real socket.
 mod support;
 
+use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -131,6 +132,20 @@ fn without_bit_30_rings_are_enabled_at_once() {
     }
 }
 
+/// Also of a ring that runs, and had been disabled.
+#[test]
+fn set_features_without_bit_30_enables_running_rings_at_once() {
+    let daemon = TestDaemon::start();
+    let mut driver = daemon.driver(0, RingLayout::Split);
+    driver.endpoint().set_vring_enable(0, false).unwrap();
+    submit(&mut driver, 0, b"waiting");
+    driver.kick_anyway(0);
+    assert_eq!(driver.wait_used(0, NEVER), None, "disabled");
+    let features = driver.features().low64();
+    driver.endpoint().set_features(features).unwrap();
+    assert_eq!(answer(&mut driver, 0), 7);
+}
+
 #[test]
 fn with_bit_30_a_ring_waits_until_it_is_enabled_and_is_looked_at_then() {
     let daemon = TestDaemon::start();
@@ -203,6 +218,103 @@ fn call_kick_and_error_files_change_while_a_ring_runs() {
     driver.ring(0).add(&chain);
     rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
     eventually("an answer without an interrupt", || driver.ring(0).used().is_some());
+    // The error goes to the file of the moment.
+    let err = event();
+    driver.endpoint().set_vring_err(0, Some(err.as_fd())).unwrap();
+    driver.ring(0).split().set_avail_idx(0x4000);
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+    assert!(readable(&err, SOON), "the new error file");
+    assert!(!driver.ring_failed(0), "the old one is not used any more");
+}
+
+/// Eight bytes of a pipe, which must come.
+fn event_of(pipe: &mut PipeReader) {
+    assert!(readable(pipe, SOON), "nothing was written");
+    pipe.read_exact(&mut [0; 8]).unwrap();
+}
+
+/// "Either eventfd or pipe/pipe2": events are values of eight bytes, whatever the file is. Nobody but the back-end can
+/// take them out of a pipe again, and a full one would hold up the driver.
+#[test]
+fn files_of_a_ring_may_be_pipes_and_events_have_eight_bytes() {
+    let daemon = TestDaemon::start();
+    let mut driver = daemon.driver(0, RingLayout::Split);
+    let pipe = || std::io::pipe().unwrap();
+    let ((kicked, mut kick), (mut call, calling), (mut err, failing)) = (pipe(), pipe(), pipe());
+    driver.endpoint().set_vring_call(0, Some(calling.as_fd())).unwrap();
+    driver.endpoint().set_vring_err(0, Some(failing.as_fd())).unwrap();
+    driver.endpoint().set_vring_kick(0, Some(kicked.as_fd())).unwrap();
+    drop((kicked, calling, failing));
+    // What came with the exchange of files is behind us.
+    let request = [driver.ram().readable(b"pipe"), driver.ram().writable(64)];
+    let ask = |driver: &mut VhostUserDriver, kick: &mut std::io::PipeWriter| {
+        driver.ring(0).add(&request);
+        kick.write_all(&1u64.to_ne_bytes()).unwrap();
+        eventually("an answer", || driver.ring(0).used().is_some());
+    };
+    ask(&mut driver, &mut kick);
+    event_of(&mut call);
+    // More than fit into the pipe.
+    let room = rustix::pipe::fcntl_getpipe_size(&kick).unwrap();
+    rustix::io::ioctl_fionbio(&kick, true).unwrap();
+    for n in 0..2 * room / 8 {
+        eventually("the kicks are taken", || kick.write(&1u64.to_ne_bytes()).is_ok());
+        if n % 4096 == 0 {
+            ask(&mut driver, &mut kick);
+        }
+    }
+    ask(&mut driver, &mut kick);
+    driver.ring(0).split().set_avail_idx(0x4000);
+    kick.write_all(&1u64.to_ne_bytes()).unwrap();
+    event_of(&mut err);
+    driver.endpoint().set_vring_err(0, None).unwrap();
+    assert_eq!(err.read(&mut [0]).unwrap(), 0, "eight bytes and no more, and the file is closed");
+    driver.endpoint().set_vring_call(0, None).unwrap();
+    let mut rest = Vec::new();
+    call.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest.len() % 8, 0, "whole events");
+}
+
+/// "Suspended device state": no writes to memory, no notifications, no messages; but answers.
+#[test]
+fn suspended_devices_write_nothing_and_tell_nothing_but_answer() {
+    for layout in RingLayout::ALL {
+        let daemon = TestDaemon::start();
+        let mut driver = daemon.driver(0, layout);
+        // The configuration space changes in the moment of the stop.
+        submit(&mut driver, 0, &[echo::ask::CONFIGURE_LATE, 77]);
+        assert_eq!(ask_count(&mut driver), 2);
+        driver.stop().unwrap();
+        driver.ring(0).drain();
+        driver.interrupts(0);
+        let chain = [driver.ram().readable(b"not yet"), driver.ram().writable(64)];
+        driver.ring(0).add(&chain);
+        let snapshot = |driver: &VhostUserDriver| {
+            let mut bytes = Vec::new();
+            for region in driver.ram().regions() {
+                let mut part = vec![0; region.size as usize];
+                driver.ram().read(vm_virtio::GuestAddress(region.guest_addr), &mut part);
+                bytes.push(part);
+            }
+            bytes
+        };
+        let (before, interrupts) = (snapshot(&driver), driver.interrupts(0));
+        // Kicked, and with another file for the interrupt, which a running ring would be told through.
+        driver.kick_anyway(0);
+        let call = event();
+        driver.endpoint().set_vring_call(0, Some(call.as_fd())).unwrap();
+        driver.endpoint().set_vring_enable(0, true).unwrap();
+        assert!(driver.backend_requests().unwrap().wait(NEVER).unwrap().is_none(), "a message");
+        assert!(!readable(&call, NEVER) && driver.interrupts(0) == interrupts, "an interrupt");
+        assert!(snapshot(&driver) == before, "a write");
+        assert_eq!(driver.endpoint().get_config(0, 1, 0).unwrap(), [77], "answers");
+        assert!(driver.endpoint().get_features().is_ok() && driver.status().is_ok());
+        // What there was to tell is told when it goes on.
+        driver.start_ring(0).unwrap();
+        assert_eq!(answer(&mut driver, 0), 7);
+        let told = driver.backend_requests().unwrap().wait(SOON).unwrap().expect("a message");
+        assert!(matches!(told.request, BackendRequest::ConfigChange));
+    }
 }
 
 #[test]
@@ -481,6 +593,34 @@ fn reset_device_and_status_0_reset() {
         driver.start().unwrap();
         assert_eq!(ask_count(&mut driver), 1, "the device forgot");
         driver.reset().unwrap();
+    }
+}
+
+/// RESET_DEVICE: "disable all rings". Where no message could enable them again (without bit 30) they stay enabled.
+#[test]
+fn reset_device_and_status_0_disable_all_rings_and_keep_the_owner() {
+    let daemon = TestDaemon::start();
+    for bit_30 in [true, false] {
+        for reset in
+            [FrontendEndpoint::reset_device, |endpoint: &mut FrontendEndpoint| endpoint.set_status(0)]
+        {
+            let mut driver = daemon.driver(0, RingLayout::Split);
+            let features = driver.features().low64() | if bit_30 { F_PROTOCOL_FEATURES } else { 0 };
+            driver.endpoint().set_features(features).unwrap();
+            reset(driver.endpoint()).unwrap();
+            driver.ring(0).restart();
+            // Neither SET_OWNER nor features nor memory again.
+            driver.start_ring(0).unwrap();
+            submit(&mut driver, 0, b"after");
+            if bit_30 {
+                driver.kick_anyway(0);
+                assert_eq!(driver.wait_used(0, NEVER), None, "disabled");
+                driver.endpoint().set_vring_enable(0, true).unwrap();
+            }
+            assert_eq!(answer(&mut driver, 0), 5);
+            driver.stop().unwrap();
+            driver.reset().unwrap();
+        }
     }
 }
 

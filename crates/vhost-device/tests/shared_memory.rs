@@ -146,6 +146,8 @@ fn virtio_2_10_files_are_mapped_where_the_device_says_until_it_unmaps_them() {
         assert_eq!(served(&mut driver, &mut vmm, &[op::MAP, 0, 3, 1, 0, 0]), "done");
         assert_eq!(vmm.read(0, 3 * PAGE), Some(1));
         driver.reset().unwrap();
+        // GET_SHMEM_CONFIG: unchanged for the lifetime of the connection.
+        assert_eq!(driver.endpoint().get_shmem_config().unwrap(), config);
     }
 }
 

@@ -34,6 +34,8 @@ pub mod ask {
     pub const FAIL: u8 = b'F';
     /// Change the configuration space: its first byte becomes the second of the request.
     pub const CONFIGURE: u8 = b'C';
+    /// Keep the request until the ring is stopped, and change the configuration space then.
+    pub const CONFIGURE_LATE: u8 = b'D';
     /// How many requests since the reset? One byte.
     pub const COUNT: u8 = b'N';
     /// Have so many MiB (second byte) of state.
@@ -169,6 +171,7 @@ impl VirtioDevice for Echo {
             clung: Vec::new(),
             waiting: BTreeMap::new(),
             file: self.file.clone(),
+            late: None,
             count: 0,
             padding: 0,
         };
@@ -258,6 +261,8 @@ pub struct EchoWorker {
     /// For the host.
     waiting: BTreeMap<UpcallId, (u16, Chain)>,
     file: Arc<File>,
+    /// What the first byte of the configuration space becomes when a ring is stopped.
+    late: Option<u8>,
     count: u8,
     padding: usize,
 }
@@ -303,6 +308,10 @@ impl Worker for EchoWorker {
             request.truncate(n);
             match *request.as_slice() {
                 [ask::HOLD, ..] => self.held.push((number, chain)),
+                [ask::CONFIGURE_LATE, value, ..] => {
+                    self.late = Some(value);
+                    self.held.push((number, chain));
+                }
                 [ask::CLING, ..] => self.clung.push(chain),
                 [ask::PANIC, ..] => panic!("asked to panic"),
                 [ask::FAIL, ..] => return Err(DeviceError::new("asked to fail")),
@@ -369,6 +378,10 @@ impl Worker for EchoWorker {
         let done: Vec<(u16, Chain)> = done;
         for (_, chain) in done {
             answer(queue, chain, b"held");
+        }
+        if let Some(value) = self.late.take() {
+            let _ = self.config.set(0, &[value]);
+            lane.up.config_changed();
         }
     }
 }

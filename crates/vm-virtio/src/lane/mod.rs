@@ -428,6 +428,10 @@ impl<W: Worker> LaneRunner<W> {
                 {
                     ring.ready = true;
                     ring.tally.kicked();
+                    // Before the ring is looked at, so that no kick is taken for what came after that.
+                    if ring.piles_up {
+                        ring.kick.take();
+                    }
                 }
                 true
             }
@@ -575,6 +579,7 @@ impl<W: Worker> LaneRunner<W> {
         if slot.is_some() {
             return Err(StartError::Started(number));
         }
+        let piles_up = !W::DELEGATES && kick.piles_up().map_err(StartError::Kick)?;
         if let Kick::Fd(fd) = &kick
             && !W::DELEGATES
         {
@@ -588,6 +593,7 @@ impl<W: Worker> LaneRunner<W> {
         let ring = &mut self.rings[at];
         ring.stopped();
         ring.kick = kick;
+        ring.piles_up = piles_up;
         ring.call = call;
         self.renew_log(at);
         self.regate(at);

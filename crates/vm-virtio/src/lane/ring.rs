@@ -8,19 +8,54 @@ use crate::queue::Miss;
 use crate::ticket::Completer;
 use crate::{GuestAddress, GuestRam, QueueError, QueueState};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::io;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+use std::io::{self, IoSliceMut};
 use std::sync::Arc;
 use std::time::Instant;
 
 /// How a driver's notifications (kicks) reach a queue.
 #[derive(Debug)]
 pub enum Kick {
-    /// An eventfd that becomes readable.
+    /// An eventfd that becomes readable, or a pipe (vhost-user, "Support for platforms other than Linux").
     Fd(OwnedFd),
     /// [`crate::Engine::kick`].
     Manual,
     /// Not at all: the lane looks into the ring by itself, every [`POLL_INTERVAL`](crate::lane::POLL_INTERVAL).
     Poll,
+}
+
+impl Kick {
+    /// Whether kicks pile up until they are read: an eventfd counts them, a pipe has room for some thousands. Such a
+    /// file is made non-blocking.
+    pub(super) fn piles_up(&self) -> io::Result<bool> {
+        let Kick::Fd(fd) = self else { return Ok(false) };
+        let piles_up = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode).is_fifo();
+        if piles_up {
+            let flags = rustix::fs::fcntl_getfl(fd)?;
+            rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
+        }
+        Ok(piles_up)
+    }
+
+    /// Takes what has piled up, as much as a pipe usually holds: if there is more, the next kick comes here again.
+    pub(super) fn take(&self) {
+        let Kick::Fd(fd) = self else { return };
+        let mut piece = [0; 4096];
+        for _ in 0..16 {
+            // NOWAIT, because the peer can take back what was made non-blocking, and what there was to read. Kernels
+            // before 6.4 do not have it for pipes.
+            let nowait = rustix::io::ReadWriteFlags::NOWAIT;
+            let read = match rustix::io::preadv2(fd, &mut [IoSliceMut::new(&mut piece)], u64::MAX, nowait) {
+                Err(Errno::OPNOTSUPP) => rustix::io::read(fd, &mut piece),
+                read => read,
+            };
+            if read.is_ok_and(|read| read == piece.len()) {
+                continue;
+            }
+            return;
+        }
+    }
 }
 
 /// How a queue's used-buffer notifications reach the driver.
@@ -44,8 +79,8 @@ impl EventFd {
     /// Takes the file and makes it non-blocking, so that a peer who never reads cannot hold a lane.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
-        if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
-            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        if !flags.contains(OFlags::NONBLOCK) {
+            rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         }
         Ok(EventFd(fd))
     }
@@ -137,6 +172,8 @@ pub(super) struct Release {
 pub(super) struct Ring {
     pub(super) index: u16,
     pub(super) kick: Kick,
+    /// Kicks have to be read.
+    pub(super) piles_up: bool,
     pub(super) call: Call,
     pub(super) enabled: bool,
     /// Where its Device Area is for the log of dirty pages.
@@ -166,6 +203,7 @@ impl Ring {
         Ring {
             index,
             kick: Kick::Manual,
+            piles_up: false,
             call: None,
             enabled: false,
             logged: None,
@@ -188,6 +226,7 @@ impl Ring {
         let Ring {
             index: _,
             kick,
+            piles_up,
             call: _,
             enabled: _,
             logged: _,
@@ -203,6 +242,7 @@ impl Ring {
             tally: _,
         } = self;
         *kick = Kick::Manual;
+        *piles_up = false;
         *faulted = false;
         *ready = false;
         *armed = false;

@@ -9,7 +9,7 @@ use crate::frame::{Direction, Frame, FrameReader};
 use crate::output::Output;
 use crate::reply::{Answer, ReplyTicket};
 use crate::request::FrontendRequest;
-use crate::rules::{Gate, ReplyKind, frontend_rule};
+use crate::rules::{Gate, ReplyKind, brings_memory, frontend_rule};
 use crate::{Error, FrontendCode, ProtocolFeatures, Reason};
 
 /// The back-end's side of a vhost-user socket. Nothing in it sleeps: watch its descriptor for reading, and for writing
@@ -25,6 +25,10 @@ pub struct BackendEndpoint {
     /// What the host said in its answer to `GET_PROTOCOL_FEATURES`.
     offered: ProtocolFeatures,
     negotiated: ProtocolFeatures,
+    /// `POSTCOPY_LISTEN` was carried out: messages that bring memory are answered with bases.
+    postcopy: bool,
+    /// Such an answer is out, and the front-end is going to say that it has heard it.
+    bases_told: Option<FrontendCode>,
     next_ticket: u64,
     /// The ticket whose reply has to go out before the next request is handed out, and its code.
     owed: Option<(u64, u32)>,
@@ -49,6 +53,8 @@ impl BackendEndpoint {
             output: Output::default(),
             offered: ProtocolFeatures::empty(),
             negotiated: ProtocolFeatures::empty(),
+            postcopy: false,
+            bases_told: None,
             next_ticket: 0,
             owed: None,
         })
@@ -66,7 +72,8 @@ impl BackendEndpoint {
         }
         let Some(frame) = self.frames.read(self.socket.as_fd())? else { return Ok(None) };
         let code = frame.header.request;
-        let ticket = self.ticket(&frame);
+        let heard = self.bases_heard(&frame);
+        let ticket = self.ticket(&frame, heard.is_some());
         // Asked for by SET_PROTOCOL_FEATURES itself, a reply may be owed by what that negotiates.
         let may_owe = match FrontendCode::from_code(code) {
             Some(FrontendCode::SetProtocolFeatures) => ticket.need_reply,
@@ -74,6 +81,10 @@ impl BackendEndpoint {
         };
         if may_owe {
             self.owed = Some((ticket.id, code));
+        }
+        if let Some(code) = heard {
+            self.bases_told = None;
+            return Ok(Some(Received { request: FrontendRequest::BasesHeard(code), ticket }));
         }
         match self.understand(frame) {
             Ok(request) => Ok(Some(Received { request, ticket })),
@@ -89,14 +100,19 @@ impl BackendEndpoint {
     /// [`Error::CannotFail`]: close the connection. [`Error::WrongAnswer`]: the caller's mistake. Others are of sending
     /// and end the connection.
     pub fn reply(&mut self, ticket: ReplyTicket, answer: Answer) -> Result<(), Error> {
-        let offer = match (FrontendCode::from_code(ticket.code), &answer) {
-            (Some(FrontendCode::GetProtocolFeatures), Answer::U64(bits)) => Some(*bits),
-            _ => None,
-        };
-        let message = ticket.message(answer, self.negotiated)?;
-        if let Some(bits) = offer {
-            self.offered = ProtocolFeatures::from_bits_retain(bits);
+        let code = FrontendCode::from_code(ticket.code);
+        let (mut offered, mut postcopy, mut told) = (self.offered, self.postcopy, self.bases_told);
+        match (code, &answer) {
+            (Some(FrontendCode::GetProtocolFeatures), Answer::U64(bits)) => {
+                offered = ProtocolFeatures::from_bits_retain(*bits);
+            }
+            (Some(FrontendCode::PostcopyListen), Answer::Done) => postcopy = true,
+            (Some(FrontendCode::PostcopyEnd), Answer::Done) => (postcopy, told) = (false, None),
+            (code, Answer::Bases(_)) => told = code,
+            _ => {}
         }
+        let message = ticket.message(answer, self.negotiated)?;
+        (self.offered, self.postcopy, self.bases_told) = (offered, postcopy, told);
         if self.owed.is_some_and(|(id, _)| id == ticket.id) {
             self.owed = None;
         }
@@ -147,12 +163,22 @@ impl BackendEndpoint {
         FrontendRequest::parse(code, rule, self.negotiated, frame)
     }
 
-    fn ticket(&mut self, frame: &Frame) -> ReplyTicket {
+    /// Which answer's bases this says to have been heard, which looks like a table without regions.
+    fn bases_heard(&self, frame: &Frame) -> Option<FrontendCode> {
+        let bare = frame.body == [0; size_of::<u64>()] && frame.fds.is_empty() && frame.fd_fault.is_none();
+        self.bases_told.filter(|code| bare && code.code() == frame.header.request)
+    }
+
+    /// `heard`: it only says that bases were heard.
+    fn ticket(&mut self, frame: &Frame, heard: bool) -> ReplyTicket {
         let id = self.next_ticket;
         self.next_ticket = id.wrapping_add(1);
-        let kind = match FrontendCode::from_code(frame.header.request).map(|code| frontend_rule(code).reply) {
-            Some(ReplyKind::Log) if !self.negotiated.contains(ProtocolFeatures::LOG_SHMFD) => ReplyKind::Ack,
-            Some(kind) => kind,
+        let kind = match FrontendCode::from_code(frame.header.request) {
+            Some(code) if brings_memory(code) && self.postcopy && !heard => ReplyKind::Bases,
+            Some(code) => match frontend_rule(code).reply {
+                ReplyKind::Log if !self.negotiated.contains(ProtocolFeatures::LOG_SHMFD) => ReplyKind::Ack,
+                kind => kind,
+            },
             None => ReplyKind::Ack,
         };
         ReplyTicket::new(id, kind, frontend_name(frame.header.request), frame)

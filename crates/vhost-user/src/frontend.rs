@@ -101,9 +101,7 @@ impl FrontendEndpoint {
 
     /// `SET_MEM_TABLE`, of at most eight regions.
     pub fn set_mem_table(&mut self, regions: &[(MemoryRegion, BorrowedFd<'_>)]) -> Result<(), Error> {
-        let num_regions = u32::try_from(regions.len()).ok().filter(|_| regions.len() <= MAX_FDS);
-        let num_regions = num_regions.ok_or(Error::Argument("regions"))?;
-        let table = MemTableHeader { num_regions, padding: 0 };
+        let table = table_header(regions.len())?;
         let mut body = vec![table.as_bytes()];
         body.extend(regions.iter().map(|(region, _)| region.as_bytes()));
         let fds: Vec<_> = regions.iter().map(|(_, fd)| *fd).collect();
@@ -357,6 +355,12 @@ impl AsFd for FrontendEndpoint {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Before so many regions.
+fn table_header(regions: usize) -> Result<MemTableHeader, Error> {
+    let num_regions = u32::try_from(regions).ok().filter(|_| regions <= MAX_FDS);
+    Ok(MemTableHeader { num_regions: num_regions.ok_or(Error::Argument("regions"))?, padding: 0 })
 }
 
 fn payload<T: FromBytes>(code: FrontendCode, body: &[u8]) -> Result<T, Error> {

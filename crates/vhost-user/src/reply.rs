@@ -4,7 +4,10 @@ use std::os::fd::OwnedFd;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::body::{ConfigHeader, InflightArea, InflightBody, ShmemConfigBody, VringState};
+use crate::body::{
+    ConfigHeader, InflightArea, InflightBody, MemTableHeader, MemoryRegion, ShmemConfigBody, VringState,
+    XenRegion,
+};
 use crate::frame::Frame;
 use crate::header::{self, flags};
 use crate::rules::ReplyKind;
@@ -52,6 +55,10 @@ pub enum Answer {
     Fd(OwnedFd),
     /// Id and size in bytes of each shared memory region, for `GET_SHMEM_CONFIG`.
     ShmemConfig(Vec<(u8, u64)>),
+    /// Where the back-end has mapped each region that `SET_MEM_TABLE` or `ADD_MEM_REG` brought, in their order: its own
+    /// addresses, which a userfaultfd reports. In postcopy mode only, that is after `POSTCOPY_LISTEN` was carried out
+    /// and until `POSTCOPY_END` is.
+    Bases(Vec<u64>),
 }
 
 /// Value of the acknowledgement of a failure: anything but zero.
@@ -130,6 +137,10 @@ impl ReplyTicket {
             (ReplyKind::ShmemConfig, Answer::ShmemConfig(regions)) => {
                 reply(&[ShmemConfigBody::new(&regions).as_bytes()], None)
             }
+            (ReplyKind::Bases, Answer::Bases(bases)) => {
+                let body = self.rebased(&bases, negotiated).ok_or(Error::WrongAnswer { code })?;
+                reply(&[&body], None)
+            }
             (_, Answer::Failed) => Err(Error::CannotFail { code }),
             _ => Err(Error::WrongAnswer { code }),
         }
@@ -143,6 +154,26 @@ impl ReplyTicket {
     fn wants_config(&self, length: usize) -> bool {
         let ConfigHeader { size, .. } = self.repeated();
         self.request.len() == size_of::<ConfigHeader>() && u32::try_from(length) == Ok(size)
+    }
+
+    /// The request with these user addresses, if it has as many regions. One region behind padding and a table behind
+    /// its count look the same.
+    fn rebased(&self, bases: &[u64], negotiated: ProtocolFeatures) -> Option<Vec<u8>> {
+        let region = match negotiated.contains(ProtocolFeatures::XEN_MMAP) {
+            true => size_of::<XenRegion>(),
+            false => size_of::<MemoryRegion>(),
+        };
+        let mut body = self.request.clone();
+        let (_, regions) = body.split_at_mut_checked(size_of::<MemTableHeader>())?;
+        if Some(regions.len()) != bases.len().checked_mul(region) {
+            return None;
+        }
+        for (place, base) in regions.chunks_exact_mut(region).zip(bases) {
+            let (mut mapped, _) = MemoryRegion::read_from_prefix(place).ok()?;
+            mapped.user_addr = *base;
+            mapped.write_to_prefix(place).ok()?;
+        }
+        Some(body)
     }
 
     /// In the length that the front-end sent.

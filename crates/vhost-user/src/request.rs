@@ -171,6 +171,9 @@ pub enum FrontendRequest {
     CheckDeviceState,
     /// Which shared memory regions does the device have?
     GetShmemConfig,
+    /// The front-end has taken note of [`Answer::Bases`](crate::Answer::Bases) to this request: from now on memory may be
+    /// touched and faults are served. A `SET_MEM_TABLE` (or `ADD_MEM_REG`) again, with eight bytes of zeros.
+    BasesHeard(FrontendCode),
     /// [`SetMemTable`](Self::SetMemTable) with [`XEN_MMAP`](ProtocolFeatures::XEN_MMAP).
     SetXenMemTable(Vec<(MemoryRegion, XenMapping, OwnedFd)>),
     /// [`AddMemReg`](Self::AddMemReg) with [`XEN_MMAP`](ProtocolFeatures::XEN_MMAP).
@@ -227,6 +230,7 @@ impl FrontendRequest {
             Self::SetDeviceStateFd { .. } => FrontendCode::SetDeviceStateFd,
             Self::CheckDeviceState => FrontendCode::CheckDeviceState,
             Self::GetShmemConfig => FrontendCode::GetShmemConfig,
+            Self::BasesHeard(code) => *code,
             Self::SetXenMemTable(_) => FrontendCode::SetMemTable,
             Self::AddXenMemReg(..) => FrontendCode::AddMemReg,
             Self::RemXenMemReg(..) => FrontendCode::RemMemReg,

@@ -81,6 +81,9 @@ pub(crate) enum ReplyKind {
     Lookup,
     /// The sizes of all shared memory regions; a failure cannot be expressed.
     ShmemConfig,
+    /// The request with other user addresses; a failure cannot be expressed. Of messages that bring memory in postcopy
+    /// mode, else [`Ack`](ReplyKind::Ack).
+    Bases,
 }
 
 impl ReplyKind {
@@ -91,7 +94,7 @@ impl ReplyKind {
             ReplyKind::Config => size_of::<ConfigHeader>(),
             ReplyKind::Log => size_of::<LogArea>(),
             ReplyKind::Inflight => size_of::<InflightBody>(),
-            ReplyKind::CryptoSession => MAX_BODY,
+            ReplyKind::CryptoSession | ReplyKind::Bases => MAX_BODY,
             ReplyKind::Ack | ReplyKind::U64 | ReplyKind::Status | ReplyKind::Fd => 0,
             ReplyKind::TransferState | ReplyKind::Lookup | ReplyKind::ShmemConfig => 0,
         }
@@ -104,6 +107,11 @@ pub(crate) struct Rule {
     pub(crate) fds: Fds,
     pub(crate) gate: Gate,
     pub(crate) reply: ReplyKind,
+}
+
+/// Whether a request is answered with [`ReplyKind::Bases`] in postcopy mode.
+pub(crate) const fn brings_memory(code: FrontendCode) -> bool {
+    matches!(code, FrontendCode::SetMemTable | FrontendCode::AddMemReg)
 }
 
 const fn rule(body: Body, fds: Fds, gate: Gate, reply: ReplyKind) -> Rule {

@@ -5,15 +5,15 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{FrontendEndpoint, Reply, bad_reply, payload};
+use super::{FrontendEndpoint, Reply, bad_reply, payload, table_header};
 use crate::body::{
-    CRYPTO_SESSION_MIN, InflightArea, InflightBody, IotlbBody, MemTableHeader, ShmemConfigBody,
-    SingleXenRegion, TransferBody, XenRegion,
+    CRYPTO_SESSION_MIN, InflightArea, InflightBody, IotlbBody, ShmemConfigBody, SingleXenRegion,
+    TransferBody, XenRegion,
 };
 use crate::header::flags;
 use crate::reply::TRANSFER_NO_FD;
 use crate::{
-    Error, FrontendCode, IotlbChange, LogArea, MAX_BODY, MAX_FDS, MemoryRegion, MigrationPhase, ObjectId,
+    Error, FrontendCode, IotlbChange, LogArea, MAX_BODY, MemoryRegion, MigrationPhase, ObjectId,
     ProtocolFeatures, TransferDirection, VringState, XenMapping,
 };
 
@@ -88,6 +88,55 @@ impl FrontendEndpoint {
     /// `POSTCOPY_END`.
     pub fn postcopy_end(&mut self) -> Result<(), Error> {
         self.status(FrontendCode::PostcopyEnd, &[])
+    }
+
+    /// [`set_mem_table`](Self::set_mem_table) in postcopy mode, that is after `POSTCOPY_LISTEN`: where the back-end has
+    /// mapped each region. It touches none of them before it hears [`bases_heard`](Self::bases_heard).
+    pub fn set_mem_table_postcopy(
+        &mut self,
+        regions: &[(MemoryRegion, BorrowedFd<'_>)],
+    ) -> Result<Vec<u64>, Error> {
+        let table = table_header(regions.len())?;
+        let fds: Vec<_> = regions.iter().map(|(_, fd)| *fd).collect();
+        let regions: Vec<_> = regions.iter().map(|(region, _)| *region).collect();
+        self.bases(FrontendCode::SetMemTable, table.as_bytes(), &regions, &fds)
+    }
+
+    /// [`add_mem_reg`](Self::add_mem_reg) in postcopy mode; see [`set_mem_table_postcopy`](Self::set_mem_table_postcopy).
+    pub fn add_mem_reg_postcopy(&mut self, region: MemoryRegion, fd: BorrowedFd<'_>) -> Result<u64, Error> {
+        let code = FrontendCode::AddMemReg;
+        let bases = self.bases(code, 0_u64.as_bytes(), &[region], &[fd])?;
+        bases.first().copied().ok_or(bad_reply(code, "no region"))
+    }
+
+    /// Says that the bases of the answer to this request (`SET_MEM_TABLE` or `ADD_MEM_REG`) were heard, and faults are
+    /// served from now on. Not answered.
+    pub fn bases_heard(&mut self, code: FrontendCode) -> Result<(), Error> {
+        self.send(code.code(), 0, &[0_u64.as_bytes()], &[])
+    }
+
+    /// "NEED_REPLY_MASK is not set in this case": the reply is the request with the back-end's addresses.
+    fn bases(
+        &mut self,
+        code: FrontendCode,
+        before: &[u8],
+        regions: &[MemoryRegion],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u64>, Error> {
+        self.send(code.code(), 0, &[before, regions.as_bytes()], fds)?;
+        let reply = self.reply_to(code)?;
+        let mut bases = Vec::with_capacity(regions.len());
+        let mut rest = reply.body.strip_prefix(before).ok_or(bad_reply(code, "another number of regions"))?;
+        for asked in regions {
+            let (got, behind) =
+                MemoryRegion::read_from_prefix(rest).map_err(|_| bad_reply(code, "wrong length"))?;
+            if got != (MemoryRegion { user_addr: got.user_addr, ..*asked }) {
+                return Err(bad_reply(code, "another region"));
+            }
+            bases.push(got.user_addr);
+            rest = behind;
+        }
+        if rest.is_empty() { Ok(bases) } else { Err(bad_reply(code, "wrong length")) }
     }
 
     /// `GET_INFLIGHT_FD`: an area for so many queues of this size. [`Error::Refused`] if the back-end has none.
@@ -170,9 +219,7 @@ impl FrontendEndpoint {
         &mut self,
         regions: &[(MemoryRegion, XenMapping, BorrowedFd<'_>)],
     ) -> Result<(), Error> {
-        let num_regions = u32::try_from(regions.len()).ok().filter(|_| regions.len() <= MAX_FDS);
-        let table =
-            MemTableHeader { num_regions: num_regions.ok_or(Error::Argument("regions"))?, padding: 0 };
+        let table = table_header(regions.len())?;
         let mut body = vec![table.as_bytes()];
         for (region, xen, _) in regions {
             body.extend([region.as_bytes(), xen.as_bytes()]);

@@ -35,6 +35,8 @@ pub struct Plan {
     pub withheld: u64,
     /// Features that are offered for the back-end, which does not hear of them: the front-end does them alone.
     pub added: u64,
+    /// Features that are not offered.
+    pub hidden: u64,
     /// No connection is to be had.
     pub refuses: bool,
 }
@@ -75,12 +77,12 @@ impl Double {
         let nonsense: Arc<Mutex<bool>> = Arc::default();
         let plan = self.plan.clone();
         let (marked, marks) = (nonsense.clone(), nonsense);
-        let (withheld, added) = {
+        let (withheld, added, hidden) = {
             let plan = plan.lock().unwrap();
-            (plan.withheld, plan.added)
+            (plan.withheld, plan.added, plan.hidden)
         };
         std::thread::spawn(move || requests(&up.0, &up.1, &plan, &marks));
-        std::thread::spawn(move || replies(&down.0, &down.1, withheld, added, &marked));
+        std::thread::spawn(move || replies(&down.0, &down.1, withheld, (added, hidden), &marked));
         Ok(front)
     }
 }
@@ -121,7 +123,13 @@ fn requests(from: &UnixStream, to: &UnixStream, plan: &Mutex<Plan>, nonsense: &M
     close(from, to);
 }
 
-fn replies(from: &UnixStream, to: &UnixStream, withheld: u64, added: u64, nonsense: &Mutex<bool>) {
+fn replies(
+    from: &UnixStream,
+    to: &UnixStream,
+    withheld: u64,
+    (added, hidden): (u64, u64),
+    nonsense: &Mutex<bool>,
+) {
     while let Some((mut message, fds)) = receive(from) {
         if message[..4] == 15u32.to_ne_bytes() && message.len() == HEADER_LEN + 8 {
             // GET_PROTOCOL_FEATURES.
@@ -131,7 +139,7 @@ fn replies(from: &UnixStream, to: &UnixStream, withheld: u64, added: u64, nonsen
         if message[..4] == 1u32.to_ne_bytes() && message.len() == HEADER_LEN + 8 {
             // GET_FEATURES.
             let offered = u64::from_ne_bytes(message[HEADER_LEN..].try_into().unwrap());
-            message[HEADER_LEN..].copy_from_slice(&(offered | added).to_ne_bytes());
+            message[HEADER_LEN..].copy_from_slice(&((offered | added) & !hidden).to_ne_bytes());
         }
         if std::mem::take(&mut *nonsense.lock().unwrap()) {
             // Another request's, of another length.

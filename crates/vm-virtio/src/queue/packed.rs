@@ -205,7 +205,7 @@ impl Packed {
     /// Steps back over the list that was popped last.
     pub(super) fn unpop(&mut self, slot: &Slot) {
         if let Some(inflight) = &mut self.inflight {
-            inflight.unpop(slot);
+            inflight.leave(slot);
         }
         let descs = slot.descs();
         self.room = self.room.saturating_add(descs);

@@ -8,22 +8,21 @@
 //!   here, too. When it comes back it is hostile input: each word is read once, everything is checked, and the work is
 //!   bounded by the size of the queue.
 //! * Positions come from region and ring, not from whoever starts the queue: a killed process has told nobody.
-//! * Version 0 is a region without contents. It becomes [`VERSION`] by the last store of making it, and 0 again when the
+//! * Version 0 is a region without contents. It becomes the layout's own by the last store of making it, and 0 again when the
 //!   queue is reset: then there is nothing to take again.
 //!
 //! The format is ours. The document says how a region "can be implemented", and gives it a version: what is in it is between a
 //! back-end and its successor, the front-end keeps it unread. Its own version 1 needs at least five stores for each chain
 //! (split), or eleven (packed, two descriptors), because it says of a chain that it is not in flight any more *after* the ring
-//! has said so: a chain, a batch and the ring's index are undone, or done to the end, from three places. Ours asks the ring. A chain
-//! that is done has the number of its used entry, and is in flight as long as the ring's used index is not above that. So
+//! has said so: a chain, a batch and the ring's index are undone, or done to the end, from three places. Ours asks the ring: of a packed one, which
+//! chains are out at all, as long as they are used in their order. A chain that is done has the number of its used entry, and is in flight as long as the ring's used index is not above that. So
 //! the one store that gives a batch to the driver also takes it out of the region; before it, all of the batch is in flight, and behind it
 //! nothing is left to be stored. Numbers are of 64 bits and never used twice, so that what is left of former chains
-//! cannot be taken for anything else. Regions of the versions 1, and 2, which kept states and ring words of packed queues
-//! together, are refused.
+//! cannot be taken for anything else. Regions of earlier versions are refused.
 //!
-//! Why a kill does no harm. Between two chains nothing is shared but the order of their numbers, and each step below is one
-//! store that decides: `done` becomes [`OUT`] (popped), a number that is not published yet (done: still in flight), and
-//! the ring's own store publishes. Stores that come before such a one mean nothing until then. What a kill can leave behind is a number that
+//! Why a kill does no harm. Between two chains nothing is shared but the order of their numbers, and each step is one
+//! store that decides: a chain is out by [`OUT`] (split; packed: if it was saved) or by the ring itself, done by a number that is not
+//! published yet (still in flight), and the ring's own store publishes. Stores that come before such a one mean nothing until then. What a kill can leave behind is a number that
 //! was taken, but not used: the next one takes it again.
 //!
 //! | file | what for |
@@ -45,9 +44,6 @@ use crate::memory::SharedMemory;
 use again::Pending;
 use packed::PackedInflight;
 use split::SplitInflight;
-
-/// The one version of the formats.
-const VERSION: u16 = 3;
 
 /// Of a chain: the device has it.
 const OUT: u64 = u64::MAX;
@@ -179,17 +175,17 @@ fn check_fresh(state: &QueueState) -> Result<(), InflightError> {
 }
 
 /// Features and version; whether there is something in the region.
-fn check_format(features: u64, version: u16) -> Result<bool, InflightError> {
+fn check_format(ours: u16, features: u64, version: u16) -> Result<bool, InflightError> {
     match (version, features) {
         (0, _) => Ok(false),
-        (VERSION, 0) => Ok(true),
+        (_, 0) if version == ours => Ok(true),
         _ => Err(InflightError::Format { version, features }),
     }
 }
 
 /// The header's word of version and size.
-fn sizes(size: u16) -> u64 {
-    u64::from(VERSION) | u64::from(size) << 16
+fn sizes(version: u16, size: u16) -> u64 {
+    u64::from(version) | u64::from(size) << 16
 }
 
 /// Puts what was found into its order.

@@ -1,7 +1,7 @@
 //! The region of a packed queue.
 //!
-//! Four things follow each other: the header; for each descriptor of the ring the state of the list that begins there, a
-//! word each; for each what was in the ring before the batch was, a word each; as many places for descriptors that are saved.
+//! Four things follow each other: the header; for each descriptor of the ring a state, a word each; for each what was in the
+//! ring before the batch was, a word each; as many places for descriptors that are saved.
 //!
 //! | word | header | place |
 //! |---|---|---|
@@ -14,37 +14,40 @@
 //! would have the low address bits of a descriptor that is read soon after, and by those alone a processor guesses which of
 //! the stores under way a load has to wait for.
 //!
-//! Positions are numbers of 64 bits: laps, and the place in the ring. A state is [`OUT`], or the used position that the list
-//! was done at. What is below the used position that the driver has seen is published; all else is in flight.
+//! Positions are numbers of 64 bits: laps, and the place in the ring.
 //!
-//! The ring itself keeps the descriptors, as long as lists are used in the order in which they were popped: then only used
-//! descriptors are written where a list is that is given back. Two things are done where that does not keep enough:
+//! The ring itself tells what is in flight, as long as lists are used in the order in which they were popped: what is
+//! available from the used position on. So nothing is stored for a list that is popped, nor for one that is used when
+//! its turn comes: a successor begins at the used position, and pops it there. Three things are done where the ring does not tell
+//! enough:
 //! * A used descriptor that is not the first of its batch is in the ring before it is published. What it is written over
 //!   is kept in the region, and a successor writes it back.
-//! * A list that is used before an older one is written where that one's descriptors are, and the driver may write there when
-//!   it has seen that. So the older one is saved: its descriptors are copied to places of the region. From then on its state is
-//!   there.
+//! * A list that is used before an older one is *done*: the states of all its descriptors become the used position. That is
+//!   not larger than the position of the list, and not one lap below its end; so a state of a former lap is not taken for one of this
+//!   lap. Until the used position that the driver has seen is above it, the list still is in flight.
+//! * Such a list is written where older ones have their descriptors, and the driver may write there when it has seen that. So
+//!   an older one is saved: its descriptors are copied to places of the region. From then on its state is there: [`OUT`], or
+//!   the used position that it was done at. In the ring, the states of its descriptors become [`MOVED`], with their positions.
 //!
-//! * Pop: the state becomes [`OUT`].
-//! * Put: saves what it overtakes - descriptors, position, state, in this order; then the state where it was before becomes
-//!   [`NEVER`]: in between both say the same, as both have the position. Keeps the ring's word, if it is not the first of the
-//!   batch. Then the state becomes the used position: not larger than that of the ring, so that the list still is in flight.
+//! * Pop: nothing.
+//! * Put, in order: keeps the ring's word, if it is not the first of the batch.
+//! * Put of a list that is not the oldest, or was saved: saves what it overtakes - descriptors, position, state, in this order, then
+//!   the states in the ring, from the last descriptor to the first: in between both say the same, as both have the
+//!   position. Then its own states, from the last one as well: it counts where it begins.
 //! * Publish: the used position behind the batch, over the older of the two; then the ring's flags, at which the driver takes
 //!   the batch. A successor finds two positions, and looks at the ring at the older one: still as the driver made it available,
 //!   then the batch was not published; else it was. So nothing has to be stored after the ring.
 //!
-//! Lists that were not saved are between the used position and one lap behind it: their own follows from where they are. The
-//! available position is the used one and as many descriptors as are in flight.
-//!
-//! A successor saves all lists that it finds. So it needs no more than this to do them in their order, whatever is written
-//! to the ring meanwhile.
+//! A successor walks from the used position to the last state of this lap. What it meets there is done, moved, or a list in
+//! flight, which it saves; so it needs no more than this to do them in their order, whatever is written to the ring meanwhile.
+//! All that it walked over has moved then, so that states of the killed process mean nothing any more. It goes on behind.
 use std::collections::HashSet;
 
 use super::super::NEXT;
 use super::super::arena::{Arena, Slot};
 use super::super::config::Areas;
 use super::super::error::QueueError;
-use super::super::ring_mem::{Cursor, Desc, PackedRing};
+use super::super::ring_mem::{Cursor, Desc, FOREIGN, PackedRing};
 use super::super::state::{QueueState, RingPos};
 use super::again::Pending;
 use super::table::{Table, Word, field};
@@ -53,12 +56,17 @@ use super::{
     in_order, sizes,
 };
 
+/// The version of this format.
+pub(super) const VERSION: u16 = 4;
+
 type States = Table<4, 1>;
 type Kept = Table<0, 1>;
 type Places = Table<0, 5>;
 
 /// Of what a chain has noted as its place: it is one for saved lists, not one in the ring. No ring has as many.
 const SAVED: u16 = 1 << 15;
+/// Of a state in the ring, with the descriptor's position: its list was saved.
+const MOVED: u64 = 1 << 63;
 /// No slot has this number.
 const NOBODY: u32 = u32::MAX;
 
@@ -137,9 +145,6 @@ impl PackedInflight {
     /// Notes the list that begins at this place of the ring.
     #[inline(always)]
     pub(in super::super) fn pop(&mut self, arena: &Arena, slot: &Slot, place: u16) {
-        if let Some([state]) = self.states.entry(place) {
-            state.store(OUT);
-        }
         slot.set_entry(place);
         if let Some(out) = self.out.get_mut(usize::from(place)) {
             *out = arena.index_of(slot);
@@ -161,23 +166,22 @@ impl PackedInflight {
         }
     }
 
-    /// Puts back what was popped last. It was not saved: nothing is used that far.
-    pub(in super::super) fn unpop(&mut self, slot: &Slot) {
-        if let Some(state) = self.leave(slot) {
-            state.store(NEVER);
+    /// A list that is in the ring is not out any more.
+    #[inline(always)]
+    pub(in super::super) fn leave(&mut self, slot: &Slot) {
+        if let Some(out) = self.out.get_mut(usize::from(slot.entry())) {
+            *out = NOBODY;
         }
     }
 
-    /// The state of a list, which is not out any more.
-    fn leave(&mut self, slot: &Slot) -> Option<&Word> {
-        let entry = slot.entry();
-        if entry & SAVED != 0 {
-            return self.saved.state(entry & !SAVED);
+    /// Sets the states of a list's descriptors, the first one last.
+    fn set_states(&self, first: u16, descs: u16, state: impl Fn(u64) -> u64) {
+        for next in (0..descs).rev() {
+            let place = (u32::from(first) + u32::from(next)) % u32::from(self.size.max(1));
+            if let Some([word]) = self.states.entry(place as u16) {
+                word.store(state(u64::from(next)));
+            }
         }
-        if let Some(out) = self.out.get_mut(usize::from(entry)) {
-            *out = NOBODY;
-        }
-        self.states.entry(entry).map(|[state]| state)
     }
 
     /// A used descriptor that is not published yet is going to be written there.
@@ -191,20 +195,15 @@ impl PackedInflight {
     /// nothing is done. `keep`: as [`Self::keep`].
     #[inline(always)]
     pub(in super::super) fn put_in_order(&mut self, slot: &Slot, keep: Option<u64>, place: u16) -> bool {
-        match self.states.entry(place) {
-            Some([state]) if slot.entry() == place => {
-                if let (Some(word), Some([kept])) = (keep, self.kept.entry(place)) {
-                    kept.store(word);
-                }
-                state.store(self.used);
-                self.used = self.used.wrapping_add(u64::from(slot.descs()));
-                if let Some(out) = self.out.get_mut(usize::from(place)) {
-                    *out = NOBODY;
-                }
-                true
-            }
-            _ => false,
+        if slot.entry() != place {
+            return false;
         }
+        if let (Some(word), Some([kept])) = (keep, self.kept.entry(place)) {
+            kept.store(word);
+        }
+        self.used = self.used.wrapping_add(u64::from(slot.descs()));
+        self.leave(slot);
+        true
     }
 
     /// The list is done; its used descriptor goes to the next place.
@@ -234,13 +233,16 @@ impl PackedInflight {
                 self.save(other, ring, place, self.used.wrapping_add(behind));
             }
         }
-        let used = self.used;
-        if let Some(state) = self.leave(slot) {
+        let (entry, used) = (slot.entry(), self.used);
+        if entry & SAVED == 0 {
+            self.leave(slot);
+            return self.set_states(entry, slot.descs(), |_| used);
+        }
+        let first = entry & !SAVED;
+        if let Some(state) = self.saved.state(first) {
             state.store(used);
         }
-        if slot.entry() & SAVED != 0 {
-            self.saved.batch.push((slot.entry() & !SAVED, slot.descs()));
-        }
+        self.saved.batch.push((first, slot.descs()));
     }
 
     /// Saves a list that is at this place and position.
@@ -250,12 +252,8 @@ impl PackedInflight {
             .filter_map(|next| ring.raw(self.place(behind.wrapping_add(next))))
             .collect();
         let Some(first) = self.saved.add(position, &descs) else { return };
-        if let Some([state]) = self.states.entry(place) {
-            state.store(NEVER);
-        }
-        if let Some(out) = self.out.get_mut(usize::from(place)) {
-            *out = NOBODY;
-        }
+        self.set_states(place, slot.descs(), |next| MOVED | position.wrapping_add(next));
+        self.leave(slot);
         slot.set_entry(SAVED | first);
     }
 
@@ -295,17 +293,6 @@ impl PackedInflight {
 fn ring_pos(position: u64, size: u16) -> RingPos {
     let size = u64::from(size).max(1);
     RingPos { index: (position % size) as u16, wrap: (position / size).is_multiple_of(2) }
-}
-
-/// A descriptor of the ring as a successor finds it.
-struct Found {
-    at: Cursor,
-    /// As the driver made it available.
-    desc: Desc,
-    /// There is a used descriptor, which was not published.
-    overwritten: bool,
-    /// A list begins here that is in flight.
-    head: bool,
 }
 
 /// A list in flight, and its first place if it is saved.
@@ -361,24 +348,68 @@ impl Lists {
         Ok(lists)
     }
 
-    /// Adds those that are in the ring only, which is `used` and the lap from there on.
-    fn add_ring(&mut self, ring: &[Found], used: u64) -> Result<(), InflightError> {
+    /// Adds those that are in the ring only: in front of its last mark, and of the last one that was saved. How far that is.
+    fn add_lap(&mut self, lap: &[Found], used: u64) -> Result<usize, InflightError> {
         let saved: HashSet<u64> = self.found.iter().map(|(position, _)| *position).collect();
-        for (position, at) in (used..).zip(0..ring.len()) {
-            let list = ring.get(at..).unwrap_or_default();
-            // In both places: killed while it was saved.
-            if !list.first().is_some_and(|first| first.head) || saved.contains(&position) {
+        let marked = lap.iter().rposition(|found| found.mark != Mark::None).map_or(0, |last| last + 1);
+        let latest = saved.iter().max().and_then(|position| position.checked_sub(used));
+        let end = latest.map_or(marked, |latest| marked.max(latest as usize + 1));
+        let mut at = 0;
+        while at < end {
+            let rest = lap.get(at..).unwrap_or_default();
+            if rest.first().is_some_and(|found| found.mark == Mark::Elsewhere) {
+                at += 1;
                 continue;
             }
-            let last = list.iter().position(|found| found.desc.packed_flags() & NEXT == 0);
-            let list = last.and_then(|last| list.get(..=last)).ok_or(InflightError::Lists)?;
-            self.add(position, (None, list.iter().map(|found| found.desc).collect()))?;
+            let available = rest.iter().map_while(|found| found.desc);
+            let last = available.clone().position(|desc| desc.packed_flags() & NEXT == 0);
+            let list: Vec<Desc> = available.take(last.ok_or(InflightError::Lists)? + 1).collect();
+            let position = used + at as u64;
+            at += list.len();
+            // In both places: killed while it was saved.
+            if !saved.contains(&position) {
+                self.add(position, (None, list))?;
+            }
         }
-        Ok(())
+        Ok(at)
     }
 }
 
-/// Whether a list in this state is in flight.
+/// A descriptor of the ring as a successor finds it.
+struct Found {
+    at: Cursor,
+    /// As the driver made it available, if it did.
+    desc: Option<Desc>,
+    /// There is a used descriptor, which was not published.
+    overwritten: bool,
+    mark: Mark,
+}
+
+/// What the state of a descriptor says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// Nothing.
+    None,
+    /// It was used, which the driver has not seen.
+    Here,
+    /// Its list was saved, or the driver has seen it used.
+    Elsewhere,
+}
+
+impl Mark {
+    fn new(state: u64, position: u64, used: u64, size: u16) -> Result<Mark, InflightError> {
+        match state {
+            state if state == MOVED | position => Ok(Mark::Elsewhere),
+            state if state & !MOVED >= LIMIT => Err(InflightError::Value("state")),
+            // Of a former lap.
+            state if state & MOVED != 0 || state + u64::from(size) <= position => Ok(Mark::None),
+            state if state < used => Ok(Mark::Elsewhere),
+            _ => Ok(Mark::Here),
+        }
+    }
+}
+
+/// Whether a saved list in this state is in flight.
 fn in_flight(state: u64, used: u64) -> Result<bool, InflightError> {
     match state {
         OUT => Ok(true),
@@ -398,7 +429,7 @@ pub(super) fn recover(
     let places = Places::new(region, 4 + 2 * usize::from(size), size)?;
     let [features, word, first, second] = states.header();
     let (features, word) = (features.load(), word.load());
-    if !check_format(features, field(word, 0))? {
+    if !check_format(VERSION, features, field(word, 0))? {
         check_fresh(state)?;
         return Ok(fresh(states, kept, places, size, state.used));
     }
@@ -415,23 +446,25 @@ pub(super) fn recover(
     let used = if published { new } else { old };
 
     let mut lists = Lists::saved(&places, size, used)?;
-    let mut found = Vec::with_capacity(usize::from(size));
+    let mut lap = Vec::with_capacity(usize::from(size));
     let mut at = Cursor::available(ring_pos(used, size));
-    for _ in 0..size {
+    for position in used..used + u64::from(size) {
         let index = at.index();
-        let (Some([state]), Some([word]), Some(desc)) =
-            (states.entry(index), kept.entry(index), ring.raw(index))
-        else {
-            break;
-        };
+        let (Some([state]), Some([word])) = (states.entry(index), kept.entry(index)) else { break };
         let overwritten = ring.is_overwritten(at);
-        let desc = if overwritten { Desc::new(desc.addr, word.load()) } else { desc };
-        found.push(Found { at, desc, overwritten, head: in_flight(state.load(), used)? });
+        let desc = if overwritten {
+            ring.raw(index).map(|desc| Desc::new(desc.addr, word.load()))
+        } else {
+            ring.read(at).filter(|desc| desc.packed_flags() & FOREIGN == 0)
+        };
+        lap.push(Found { at, desc, overwritten, mark: Mark::new(state.load(), position, used, size)? });
         ring.step(&mut at);
     }
-    lists.add_ring(&found, used)?;
-    // No more than there are descriptors.
-    let avail = used + lists.descs as u64;
+    let avail = used + lists.add_lap(&lap, used)? as u64;
+    // What was used has made room for as many as were made available.
+    if avail - used != lists.descs as u64 {
+        return Err(InflightError::Lists.into());
+    }
     in_order(&mut lists.found)?;
 
     let mut tracker = PackedInflight::new(states, kept, places, size, used);
@@ -456,12 +489,14 @@ pub(super) fn recover(
         };
         again.push(Pending::Packed(SAVED | first, list));
     }
-    for Found { at, desc, overwritten, head } in found {
-        if let (true, Some([state])) = (head, tracker.states.entry(at.index())) {
-            state.store(NEVER);
+    for position in (used..avail).rev() {
+        if let Some([state]) = tracker.states.entry(ring_pos(position, size).index) {
+            state.store(MOVED | position);
         }
-        if overwritten {
-            ring.make_available(at, desc);
+    }
+    for found in lap {
+        if let (true, Some(desc)) = (found.overwritten, found.desc) {
+            ring.make_available(found.at, desc);
         }
     }
     let [_, _, first, second] = tracker.states.header();
@@ -492,7 +527,7 @@ fn fresh(states: States, kept: Kept, places: Places, size: u16, used: RingPos) -
     features.store(0);
     first.store(position);
     second.store(position);
-    word.store(sizes(size));
+    word.store(sizes(VERSION, size));
     let tracker = PackedInflight::new(states, kept, places, size, position);
     Recovered { tracker: Tracker::Packed(tracker), state: None, again: Vec::new() }
 }

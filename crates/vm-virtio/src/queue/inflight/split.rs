@@ -31,6 +31,9 @@ use super::{
     in_order, sizes,
 };
 
+/// The version of this format.
+pub(super) const VERSION: u16 = 3;
+
 type Region = Table<2, 2>;
 
 pub(in super::super) struct SplitInflight {
@@ -87,7 +90,7 @@ pub(super) fn recover(
     let region = Region::new(region, 0, size)?;
     let [features, word] = region.header();
     let (features, word) = (features.load(), word.load());
-    if !check_format(features, field(word, 0))? {
+    if !check_format(VERSION, features, field(word, 0))? {
         check_fresh(state)?;
         return Ok(fresh(region, size, state.used.index));
     }
@@ -148,7 +151,7 @@ fn fresh(region: Region, size: u16, used_idx: u16) -> Recovered {
     }
     let [features, word] = region.header();
     features.store(0);
-    word.store(sizes(size));
+    word.store(sizes(VERSION, size));
     let tracker = SplitInflight { region, popped: first, done: first };
     Recovered { tracker: Tracker::Split(tracker), state: None, again: Vec::new() }
 }

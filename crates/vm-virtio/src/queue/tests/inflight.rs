@@ -299,7 +299,7 @@ fn inflight_killed_between_every_two_stores_of_pop_put_and_publish() {
                         }
                         first += 1;
                     }
-                    assert!(first > 10, "{first} stores");
+                    assert!(first > 2, "{first} stores");
                 }
             }
         }
@@ -379,15 +379,26 @@ proptest! {
     }
 }
 
-/// Kills a process that has three chains out, in both layouts.
+/// Kills a process that has three chains out, in both layouts. Of a packed ring, two of them are older than one that was used,
+/// so that they come again; the third one is in the ring as if it had not been popped, as are all where order matters.
 fn with_three_out(packed: bool, features: Features) -> World {
     with_three_of(8, packed, features)
+}
+
+/// How many of the three come again.
+fn comes_again(packed: bool, features: Features) -> usize {
+    match (packed, features.contains(Features::IN_ORDER)) {
+        (false, _) => 3,
+        (true, false) => 2,
+        (true, true) => 0,
+    }
 }
 
 fn with_three_of(size: u16, packed: bool, features: Features) -> World {
     let mut world = World::new(packed, size, features);
     let mut device = Device::new(&world).unwrap();
-    for op in [Add(3), Pop(3), Complete(0), Publish, Collect, Add(1), Pop(1)] {
+    let used = if comes_again(packed, features) == 2 { 2 } else { 0 };
+    for op in [Add(3), Pop(3), Complete(used), Publish, Collect, Add(1), Pop(1)] {
         device.run(&mut world, op);
     }
     assert_eq!(device.held.len(), world.out.len());
@@ -421,7 +432,8 @@ fn inflight_comes_again_within_the_budget_and_only_while_the_queue_is_open() {
         let again: Vec<Chain> = queue.iter().collect();
         assert_eq!(again.iter().map(|chain| queue.id(chain)).collect::<Vec<_>>(), [again_id, new_id]);
         assert!(queue.drained());
-        for (chain, number) in chains.into_iter().chain(again).zip(1..) {
+        for chain in chains.into_iter().chain(again) {
+            let number = u32::from_le_bytes(queue.reader(&chain).read_obj().unwrap());
             queue.writer(&chain).write_all(&answer(number)).unwrap();
             queue.add_used(chain, 8);
         }
@@ -439,15 +451,15 @@ fn inflight_is_part_of_a_state_whether_it_came_again_or_not() {
         let world = with_three_out(packed, features);
         let mut queue = world.queue().unwrap();
         let before = queue.state();
-        let chains: Vec<Chain> = queue.iter().collect();
-        assert_eq!(chains.len(), 3);
+        let again = comes_again(packed, features);
+        let chains: Vec<Chain> = queue.iter().take(again).collect();
         assert_eq!(queue.state(), before);
-        assert_eq!(before.held.len(), 3);
+        assert_eq!(before.held.len(), again);
         drop(queue);
         drop(chains);
         let mut successor = world.driver.queue_from(Some(before)).unwrap();
-        assert_eq!(successor.unclaimed(), 3);
-        assert!(successor.pop().is_none());
+        assert_eq!(successor.unclaimed(), again);
+        assert_eq!(successor.iter().count(), 3 - again);
         assert_eq!(successor.fault(), None);
     }
 }
@@ -459,7 +471,8 @@ fn inflight_a_queue_that_was_reset_leaves_nothing_to_take_again() {
         let mut queue = world.queue().unwrap();
         let first = queue.pop().unwrap();
         queue.give_up();
-        assert!(queue.pop().is_none(), "nor does the queue itself");
+        let again = comes_again(packed, Features::empty());
+        assert_eq!(queue.iter().count(), 3 - again, "nor does the queue itself");
         queue.discard(first);
         drop(queue);
         // The driver starts over with another ring.
@@ -513,10 +526,12 @@ fn refused(packed: bool, at: usize, change: impl Fn(u64) -> u64, expected: Infli
 fn inflight_refuses_regions_that_contradict_themselves() {
     use InflightError as E;
     for packed in LAYOUTS {
-        refused(packed, 0, |_| 5, E::Format { version: 3, features: 5 });
-        refused(packed, 1, |word| word - 2, E::Format { version: 1, features: 0 });
-        refused(packed, 1, |word| word - 1, E::Format { version: 2, features: 0 });
-        refused(packed, 1, |word| word + 1, E::Format { version: 4, features: 0 });
+        let ours = if packed { 4 } else { 3 };
+        refused(packed, 0, |_| 5, E::Format { version: ours, features: 5 });
+        for version in (1..6).filter(|version| *version != ours) {
+            let change = |word| word - u64::from(ours) + u64::from(version);
+            refused(packed, 1, change, E::Format { version, features: 0 });
+        }
         refused(packed, 1, |word| word + (1 << 16), E::QueueSize(9));
         let world = World::new(packed, 8, Features::empty());
         assert_eq!(InflightRegion::new(world.region.clone(), 1, 256).unwrap_err(), E::Place, "alignment");
@@ -579,7 +594,7 @@ fn inflight_refuses_a_packed_region_whose_positions_and_lists_cannot_be() {
     // States, of lists in the ring and of those that were saved.
     refused(true, 4, |_| 1 << 62, E::Value("state"));
     refused(true, 20, |_| 1 << 62, E::Value("state"));
-    // All that were out are saved by a successor that takes them over.
+    // A successor saves those that it takes over.
     let saved = || {
         let world = with_three_out(true, Features::empty());
         drop(world.queue().unwrap());
@@ -588,7 +603,7 @@ fn inflight_refuses_a_packed_region_whose_positions_and_lists_cannot_be() {
     };
     let refused = |change: &dyn Fn(&World, &[usize]), expected: E| {
         let (world, lists) = saved();
-        assert_eq!(lists.len(), 3);
+        assert_eq!(lists.len(), 2);
         change(&world, &lists);
         assert_eq!(world.queue().unwrap_err(), QueueError::Inflight(expected));
     };
@@ -599,12 +614,33 @@ fn inflight_refuses_a_packed_region_whose_positions_and_lists_cannot_be() {
     // Into another one, and in a circle.
     refused(&|world, at| world.set_word(at[0] + 2, ((at[1] as u64 - 20) / 5) | (3 << 16)), E::Lists);
     refused(&|world, at| world.set_word(at[0] + 2, ((at[0] as u64 - 20) / 5) | (3 << 16)), E::Lists);
-    // More of them than the ring has descriptors.
-    let world = with_three_out(true, Features::empty());
-    for at in 0..8 {
-        world.set_word(4 + 2 * at, u64::MAX);
+    // One that is said to have been saved, or to have been used before, and that nobody knows of.
+    let moved = |position| position | 1 << 63;
+    for state in [moved, |position| position - 1] {
+        let world = with_three_out(true, Features::empty());
+        let used = world.word(2).max(world.word(3));
+        world.set_word(4 + used as usize % 8, state(used));
+        assert_eq!(world.queue().unwrap_err(), QueueError::Inflight(E::Lists));
     }
-    assert_eq!(world.queue().unwrap_err(), QueueError::Inflight(E::Lists));
+}
+
+/// The ring tells what is in flight: the region changes where a batch is published, and nowhere else.
+#[test]
+fn inflight_stores_nothing_for_packed_lists_that_are_used_in_order() {
+    let mut world = used_before(true, 7, Features::empty(), 2);
+    let mut device = Device::new(&world).unwrap();
+    let words = |world: &World| (0..4 + 7).map(|at| world.word(at)).collect::<Vec<u64>>();
+    let before = words(&world);
+    device.run(&mut world, Add(3));
+    for op in [Pop(3), Complete(0), Complete(0)] {
+        device.run(&mut world, op);
+        assert_eq!(words(&world), before, "{op:?}");
+    }
+    device.run(&mut world, Publish);
+    assert_eq!(words(&world).iter().zip(&before).filter(|(now, before)| now != before).count(), 1);
+    assert!(device.finish(&mut world));
+    drop(device);
+    world.finish();
 }
 
 /// A chain that comes back from a region is as untrusted as one from the ring.
@@ -630,7 +666,7 @@ fn inflight_faults_the_queue_if_a_descriptor_in_the_region_breaks_a_rule() {
         let mut queue = world.queue().unwrap();
         let popped = queue.iter().count();
         assert_eq!((queue.fault(), popped), (Some(&expected), 0));
-        assert!(queue.state().held.len() < 3, "left out");
+        assert!(queue.state().held.len() < 2, "left out");
     }
 }
 

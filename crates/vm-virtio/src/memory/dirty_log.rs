@@ -75,6 +75,9 @@ impl fmt::Debug for DirtyLog {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn bytes(area: &SharedMemory) -> Vec<u8> {
@@ -104,6 +107,41 @@ mod tests {
         assert_eq!(marked(1, &[(0x8000, 1), (u64::MAX, 1), (u64::MAX - 5, u64::MAX)]), [0]);
         assert_eq!(marked(1, &[(0x7000, u64::MAX)]), [0x80]);
         assert_eq!(marked(0, &[(0, 0x10_0000)]), [0u8; 0]);
+    }
+
+    /// "Use atomic operations, as the log may be concurrently manipulated": by the front-end that takes bits, and by other
+    /// lanes. Whoever marks one page does not undo what somebody else does to the same byte.
+    #[test]
+    fn marks_of_others_in_the_same_byte_are_not_lost() {
+        let log = DirtyLog::new(Arc::new(SharedMemory::private(1)), None);
+        let byte = log.byte(0).unwrap();
+        let (over, turns) = (AtomicU8::new(0), AtomicU64::new(0));
+        let mut lost = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while over.load(Ordering::SeqCst) == 0 {
+                    log.mark(7 * LOG_PAGE, 1);
+                    turns.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+            // Where both share a processor little is shown, and it should not take long.
+            let deadline = Instant::now() + Duration::from_secs(1);
+            for _ in 0..20_000 {
+                byte.fetch_and(!1, Ordering::SeqCst);
+                log.mark(0, 1);
+                // What the other had begun before is over.
+                let until = turns.load(Ordering::SeqCst) + 2;
+                while turns.load(Ordering::SeqCst) < until {
+                    std::hint::spin_loop();
+                }
+                lost += u32::from(byte.load(Ordering::SeqCst) & 1 == 0);
+                if Instant::now() > deadline {
+                    break;
+                }
+            }
+            over.store(1, Ordering::SeqCst);
+        });
+        assert_eq!(lost, 0);
     }
 
     /// Every range of two bytes' pages against the definition.

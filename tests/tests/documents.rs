@@ -1,4 +1,4 @@
-//! The documents keep up with the tree: what they link to is there.
+//! The documents keep up with the tree: what they link to is there, and what managers read about the daemons is true.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,4 +40,56 @@ fn links_lead_to_files_of_the_tree() {
     }
     assert!(links > 10, "only {links} links: the documents were not found");
     assert!(broken.is_empty(), "links that lead nowhere: {broken:#?}");
+}
+
+/// `VHostUserBackendType` of QEMU 11.1's `vhost-user.json`. A type that is not in it has no description file.
+const TYPES: [&str; 15] = [
+    "9p",
+    "balloon",
+    "block",
+    "caif",
+    "console",
+    "crypto",
+    "gpu",
+    "input",
+    "net",
+    "rng",
+    "rpmsg",
+    "rproc-serial",
+    "scsi",
+    "vsock",
+    "fs",
+];
+
+/// The text between the next two quotation marks, and what is behind them.
+fn quoted(text: &str) -> Option<(&str, &str)> {
+    text.split_once('"')?.1.split_once('"')
+}
+
+/// vhost-user, "Backend program conventions": "Each back-end installed on a host system should come with at least one
+/// JSON file that conforms to the vhost-user.json schema." With the name and type that the daemon itself has.
+#[test]
+fn qemu_back_end_conventions_each_daemon_has_its_description_file() {
+    let devices = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("devices");
+    let mut daemons = 0;
+    for device in fs::read_dir(devices).expect("devices").flatten().map(|entry| entry.path()) {
+        let Ok(main) = fs::read_to_string(device.join("src/main.rs")) else { continue };
+        let identity = main.split_once("Identity::new(").expect("a daemon has an identity").1;
+        let (name, rest) = quoted(identity).expect("a name");
+        let (kind, _) = quoted(rest).expect("a type");
+        if !TYPES.contains(&kind) {
+            continue;
+        }
+        daemons += 1;
+        let file = device.join(format!("50-{name}.json"));
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let members: Vec<_> = json.as_object().expect("an object").keys().map(String::as_str).collect();
+        assert!(members.iter().all(|member| ["binary", "description", "tags", "type"].contains(member)));
+        assert_eq!(json["type"], kind, "{}", file.display());
+        let binary = Path::new(json["binary"].as_str().expect("a path"));
+        assert!(binary.is_absolute() && binary.ends_with(name), "{}", file.display());
+        assert!(!json["description"].as_str().expect("words").is_empty());
+    }
+    assert!(daemons >= 4, "only {daemons} daemons were found");
 }

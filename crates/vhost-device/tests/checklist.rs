@@ -220,6 +220,8 @@ const CHECKLIST: &[Line] = &[
                 ],
             ),
             ("{WIRE}/hostile.rs", &["a_status_reply_is_sent_without_being_asked_for"]),
+            // The front-end's part.
+            ("devices/vhost-proxy/src/transfer.rs", &["either_sides_channel_is_used"]),
         ],
     ),
     (

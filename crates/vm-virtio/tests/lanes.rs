@@ -8,10 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_virtio::memory::SharedMemory;
+use vm_virtio::upcall::{Responder, UpcallError, UpcallHandler, UpcallId, UpcallRequest, UpcallResult};
 use vm_virtio::{
-    Call, Chain, DeviceError, DeviceType, Engine, EngineOptions, Features, GuestRam, HostEvent, HostEvents,
-    InflightRegion, Interrupt, Kick, Lane, LaneRunner, Queue, QueueConfig, QueueSpec, QueueStart, StartError,
-    Status, Stop, Ticket, VirtioDevice, WaitFor, Worker,
+    Call, Chain, ConfigSpace, ConfigWriter, DeviceError, DeviceType, Engine, EngineOptions, Features,
+    GuestRam, HostEvent, HostEvents, InflightRegion, Interrupt, Kick, Lane, LaneRunner, Queue, QueueConfig,
+    QueueSpec, QueueStart, Session, StartError, Status, Stop, Ticket, VirtioDevice, WaitFor, Worker,
 };
 
 /// For what should happen soon; long, because test machines are slow.
@@ -497,4 +498,275 @@ fn an_interrupt_that_went_to_the_old_file_of_a_disabled_ring_is_repeated() {
     r.done(t).unwrap();
     r.step();
     assert!(new.0.load(SeqCst) > 0, "the old file was not listened to any more");
+}
+
+/// Where a [`Bomb`] goes off, and whether it panics or says that it failed, which not all methods can.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Fuse(&'static str, bool);
+
+/// A device whose methods fail, one at a time: two lanes, of which only the first one does.
+struct Bomb(Arc<Mutex<Fuse>>, Mails, Option<std::fs::File>);
+
+struct Charge {
+    fuse: Arc<Mutex<Fuse>>,
+    file: Option<std::fs::File>,
+    asks: bool,
+}
+
+fn goes_off(fuse: &Mutex<Fuse>, place: &str) -> Result<(), DeviceError> {
+    // The lock is not held when it panics.
+    let fuse = *fuse.lock().unwrap();
+    match fuse {
+        Fuse(here, true) if here == place => panic!("in {place}"),
+        Fuse(here, false) if here == place => Err(DeviceError::new("told to fail")),
+        _ => Ok(()),
+    }
+}
+
+impl VirtioDevice for Bomb {
+    type Worker = Charge;
+    fn device_type(&self) -> DeviceType {
+        DeviceType(42)
+    }
+    fn features(&self) -> Features {
+        Features::empty()
+    }
+    fn check_features(&self, _: Features) -> bool {
+        goes_off(&self.0, "check_features").is_ok()
+    }
+    fn write_config(&mut self, _: u32, _: &[u8], _: ConfigWriter) {
+        goes_off(&self.0, "write_config").unwrap();
+    }
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::new(ConfigSpace::new(vec![0; 4]))
+    }
+    fn queues(&self, _: Features) -> Vec<QueueSpec> {
+        vec![QueueSpec { name: "a", max_size: 64, lane: 0 }, QueueSpec { name: "b", max_size: 64, lane: 1 }]
+    }
+    fn workers(&mut self, mail: &[Mail<()>]) -> Result<Vec<Charge>, DeviceError> {
+        *self.1.lock().unwrap() = mail.to_vec();
+        let first = Charge { fuse: self.0.clone(), file: self.2.take(), asks: true };
+        let dud = Arc::new(Mutex::new(Fuse("", true)));
+        Ok(vec![first, Charge { fuse: dud, file: None, asks: false }])
+    }
+}
+
+impl Worker for Charge {
+    type Msg = ();
+    fn attached(&mut self, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        if let Some(file) = &self.file {
+            lane.reactor.watch(file.as_fd(), Token::new(0), Interest::READ)?;
+        }
+        goes_off(&self.fuse, "attached")
+    }
+    fn activated(&mut self, _: &Session, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        lane.reactor.set_timer(Token::new(1), Instant::now());
+        if self.asks {
+            lane.up.look_up([0; 16]).unwrap();
+        }
+        goes_off(&self.fuse, "activated")
+    }
+    fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        goes_off(&self.fuse, "queue_ready")?;
+        let Some(queue) = lane.queues.get(queue) else { return Ok(()) };
+        while let Some(chain) = queue.pop() {
+            queue.add_used(chain, 0);
+        }
+        Ok(())
+    }
+    fn queue_stop(&mut self, _: u16, _: Stop, _: &mut Lane<'_>) {
+        goes_off(&self.fuse, "queue_stop").unwrap();
+    }
+    fn suspend(&mut self, _: &mut Lane<'_>) {
+        goes_off(&self.fuse, "suspend").unwrap();
+    }
+    fn keeps(&self, _: u16) -> usize {
+        goes_off(&self.fuse, "keeps").map_or(0, |()| 0)
+    }
+    fn source_ready(&mut self, _: Token, _: Readiness, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        lane.reactor.unwatch(Token::new(0));
+        goes_off(&self.fuse, "source_ready")
+    }
+    fn timer(&mut self, _: Token, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        goes_off(&self.fuse, "timer")
+    }
+    fn message(&mut self, _: (), _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        goes_off(&self.fuse, "message")
+    }
+    fn upcall_done(&mut self, _: UpcallId, _: UpcallResult, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        goes_off(&self.fuse, "upcall_done")
+    }
+    fn flush(&mut self, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        goes_off(&self.fuse, "flush")
+    }
+    fn poll(&mut self, _: &mut Lane<'_>) -> bool {
+        goes_off(&self.fuse, "poll").is_err()
+    }
+}
+
+/// Knows no object.
+struct NoObjects;
+impl UpcallHandler for NoObjects {
+    fn request(&self, _: UpcallRequest, responder: Responder) {
+        responder.respond(Err(UpcallError::Refused));
+    }
+    fn reset(&self) {}
+}
+
+/// All that happens to a device, with a method that fails on the way. The lane's own thread is this test's.
+fn life_with(fuse: Fuse) {
+    let here = Arc::new(Mutex::new(fuse));
+    let mails = Mails::default();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    std::io::Write::write_all(&mut &theirs, b"x").unwrap();
+    let file = std::fs::File::from(std::os::fd::OwnedFd::from(ours));
+    let mut options = EngineOptions::new(Arc::new(Ear));
+    options.spin = SpinPolicy { limit: Duration::from_micros(50) };
+    options.upcalls = Some(Arc::new(NoObjects));
+    let (engine, mut lanes) = Engine::new(Bomb(here.clone(), mails.clone(), Some(file)), options).unwrap();
+    let ram = TestRam::new(&[(0, 0x10_0000)]);
+    let features = RingLayout::Split.features();
+    let mut rings = [8, 8].map(|size| RingDriver::new(&ram, RingLayout::Split, size, features));
+    let mut turns = |count| {
+        for _ in 0..count {
+            // The second lane only when it has something to do: nothing wakes it else.
+            lanes[0].turn(Some(Duration::from_millis(1)));
+            lanes[1].turn(Some(Duration::ZERO));
+        }
+    };
+    let bring_up = |rings: &[RingDriver; 2], turns: &mut dyn FnMut(usize)| {
+        drop(engine.memory(ram.ram(), WaitFor::NewRequests));
+        engine.set_driver_features(features).unwrap();
+        drop(engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK));
+        for (queue, ring) in (0..).zip(rings) {
+            let (config, kick) = (ring.queue_config(), Kick::Manual);
+            let start = QueueStart { config, state: None, inflight: None, kick, call: None };
+            drop((engine.start(queue, start), engine.enable(queue, true)));
+        }
+        drop(engine.set_status(Status::DRIVER_OK));
+        turns(3);
+    };
+    let works = |queue: u16, ring: &mut RingDriver, turns: &mut dyn FnMut(usize)| {
+        ring.add(&[ram.writable(8)]);
+        engine.kick(queue);
+        turns(2);
+        ring.used().is_some()
+    };
+    bring_up(&rings, &mut turns);
+    if fuse.0 != "check_features" {
+        works(0, &mut rings[0], &mut turns);
+        let _ = mails.lock().unwrap()[0].send(());
+        turns(3);
+        let suspension = engine.suspend();
+        turns(3);
+        drop((suspension, engine.resume()));
+        turns(3);
+        drop(engine.stop(0, Stop::Drain, None));
+        turns(3);
+        engine.write_config(0, &[1], ConfigWriter::Driver).unwrap();
+    }
+    // Whether a lane spins before it sleeps depends on how long it slept before.
+    for _ in 0..1000 {
+        if engine.failures().worker_failures.load(SeqCst) > 0 {
+            break;
+        }
+        turns(1);
+    }
+    assert_eq!(engine.failures().worker_failures.load(SeqCst), 1, "{fuse:?}");
+    assert!(engine.status().contains(Status::DEVICE_NEEDS_RESET), "{fuse:?}");
+    if fuse.0 != "check_features" {
+        assert!(works(1, &mut rings[1], &mut turns), "{fuse:?}: the other lane goes on");
+    }
+    *here.lock().unwrap() = Fuse("", true);
+    let reset = engine.reset();
+    turns(4);
+    drop(reset);
+    assert_eq!(engine.status(), Status::empty(), "{fuse:?}");
+    rings.iter_mut().for_each(RingDriver::restart);
+    bring_up(&rings, &mut turns);
+    assert!(works(0, &mut rings[0], &mut turns) && works(1, &mut rings[1], &mut turns), "{fuse:?}");
+}
+
+#[test]
+fn policy_5_a_device_may_fail_and_panic_wherever_it_is_called() {
+    for place in
+        ["attached", "activated", "queue_ready", "source_ready", "timer", "message", "upcall_done", "flush"]
+    {
+        life_with(Fuse(place, false));
+        life_with(Fuse(place, true));
+    }
+    // These cannot say that they failed.
+    for place in ["queue_stop", "suspend", "keeps", "poll", "write_config", "check_features"] {
+        life_with(Fuse(place, true));
+    }
+}
+
+/// A device that always has something to tell itself, and to ask of a host that answers at once.
+struct Chatter(Mails);
+
+struct Chatterbox(Mails);
+
+impl VirtioDevice for Chatter {
+    type Worker = Chatterbox;
+    fn device_type(&self) -> DeviceType {
+        DeviceType(42)
+    }
+    fn features(&self) -> Features {
+        Features::empty()
+    }
+    fn queues(&self, _: Features) -> Vec<QueueSpec> {
+        vec![QueueSpec { name: "a", max_size: 64, lane: 0 }]
+    }
+    fn workers(&mut self, mail: &[Mail<()>]) -> Result<Vec<Chatterbox>, DeviceError> {
+        *self.0.lock().unwrap() = mail.to_vec();
+        Ok(vec![Chatterbox(self.0.clone())])
+    }
+}
+
+impl Worker for Chatterbox {
+    type Msg = ();
+    fn activated(&mut self, _: &Session, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = self.0.lock().unwrap()[0].send(());
+        lane.up.look_up([0; 16]).map(drop).map_err(DeviceError::new)
+    }
+    fn message(&mut self, (): (), _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let _ = self.0.lock().unwrap()[0].send(());
+        Ok(())
+    }
+    fn upcall_done(&mut self, _: UpcallId, _: UpcallResult, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        lane.up.look_up([0; 16]).map(drop).map_err(DeviceError::new)
+    }
+    fn queue_ready(&mut self, queue: u16, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        let Some(queue) = lane.queues.get(queue) else { return Ok(()) };
+        while let Some(chain) = queue.pop() {
+            queue.add_used(chain, 0);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn policy_8_messages_and_answers_without_end_keep_no_queue_waiting() {
+    within("a turn with messages or answers without end", || {
+        let mut options = EngineOptions::new(Arc::new(Ear));
+        options.upcalls = Some(Arc::new(NoObjects));
+        let (engine, mut lanes) = Engine::new(Chatter(Mails::default()), options).unwrap();
+        let ram = TestRam::new(&[(0, 0x10_0000)]);
+        let features = RingLayout::Split.features();
+        let mut ring = RingDriver::new(&ram, RingLayout::Split, 8, features);
+        drop(engine.memory(ram.ram(), WaitFor::NewRequests));
+        engine.set_driver_features(features).unwrap();
+        drop(engine.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK));
+        let (config, kick) = (ring.queue_config(), Kick::Manual);
+        drop(engine.start(0, QueueStart { config, state: None, inflight: None, kick, call: None }));
+        drop(engine.enable(0, true));
+        drop(engine.set_status(Status::DRIVER_OK));
+        for _ in 0..3 {
+            ring.add(&[ram.writable(8)]);
+            engine.kick(0);
+            // A turn with a time-out (not zero) is exactly one.
+            lanes[0].turn(Some(Duration::from_millis(1)));
+            assert!(ring.used().is_some());
+        }
+    });
 }

@@ -133,7 +133,8 @@ impl<W: Worker> LaneRunner<W> {
     /// Whether no chain of the ring is out but those that are kept.
     fn rests(&mut self, at: usize) -> bool {
         let number = self.rings[at].index;
-        let kept = self.worker.as_ref().map_or(0, |worker| worker.keeps(number));
+        let mut kept = 0;
+        self.enter_quietly(|worker, _| kept = worker.keeps(number));
         !self.is_away(at)
             && self.queue(at).is_none_or(|queue: &mut Queue| queue.outstanding() <= kept + queue.unclaimed())
     }

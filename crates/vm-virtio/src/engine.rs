@@ -162,6 +162,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// One more waits for something that is under way. Those who have gone are forgotten: a driver can ask again and again
+/// (failure policy 8).
+fn wait_too(waiting: &mut Vec<Completer<()>>, done: Completer<()>) {
+    waiting.retain(Completer::is_awaited);
+    waiting.push(done);
+}
+
 fn check_specs(specs: &[QueueSpec]) -> Result<u16, EngineError> {
     let wrong = |what: String| Err(EngineError::Description(what));
     if u16::try_from(specs.len()).is_err() {
@@ -213,7 +220,7 @@ impl<D: VirtioDevice> Engine<D> {
         let count = check_specs(&specs)?;
         let regions = device.shared_memory().to_vec();
         check_regions(&regions)?;
-        let shared = Arc::new(Shared::new(options.events, options.upcalls, regions));
+        let shared = Arc::new(Shared::new(options.events, options.upcalls, regions, specs.len()));
 
         let (mails, inboxes): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mailbox(MAILBOX)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
@@ -547,9 +554,12 @@ impl<D: VirtioDevice> Engine<D> {
         self.tell(queue, |done| Command::LogRing { queue, device, done })
     }
 
-    /// The driver notified this queue: for hosts whose kicks are no files.
+    /// The driver notified this queue: for hosts whose kicks are no files. As with files, those that come before the lane
+    /// has heard of the first are one.
     pub fn kick(&self, queue: u16) {
-        if let Some(lane) = self.lane(queue) {
+        if let Some(lane) = self.lane(queue)
+            && self.0.shared.kick(queue)
+        {
             lane.send(Command::Kick { queue, done: None });
         }
     }
@@ -573,7 +583,7 @@ impl<D: VirtioDevice> Engine<D> {
         let (done, ticket) = ticket(());
         let mut control = lock(&self.0.control);
         if let Some(waiting) = control.resetting.as_mut() {
-            waiting.push(done);
+            wait_too(waiting, done);
             return ticket;
         }
         control.resetting = Some(vec![done]);

@@ -99,6 +99,11 @@ impl<T> Future for Ticket<T> {
 }
 
 impl<T> Completer<T> {
+    /// Whether the ticket is still there.
+    pub(crate) fn is_awaited(&self) -> bool {
+        Arc::strong_count(&self.inner) > 1
+    }
+
     /// Gives the answer.
     pub(crate) fn complete(mut self, value: T) {
         self.fallback = Some(value);

@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_virtio::memory::Poison;
 use vm_virtio::{
     Chain, ConfigSpace, ConfigWriter, DeviceError, DeviceType, Engine, EngineError, EngineOptions,
-    FeatureError, Features, HostEvent, HostEvents, Interrupt, Kick, Lane, LaneRunner, QueueSpec, QueueStart,
-    Session, StartError, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor, Worker,
+    FeatureError, Features, GuestRam, HostEvent, HostEvents, Interrupt, Kick, Lane, LaneRunner, QueueError,
+    QueueSpec, QueueStart, Session, StartError, Status, Stop, StopError, Ticket, VirtioDevice, WaitFor,
+    Worker,
 };
 
 const OWN_FEATURE: Features = Features::from_bits_retain(1 << 5);
@@ -411,6 +414,7 @@ fn common_2_4_1_after_reset_nothing_is_consumed_or_notified() {
         rig.status(Status::empty());
         assert_eq!(rig.engine.status(), Status::empty());
         assert_eq!(rig.journal.take(), ["stop 0 Discard", "stop 1 Discard", "reset [0, 1]"]);
+        assert_eq!(Arc::strong_count(&rig.bells[0]), 1, "nobody has what interrupts the driver");
         rig.add(0);
         rig.kick(0);
         assert_eq!(rig.rings[0].used(), None, "nothing is marked used by a reset or after it");
@@ -420,6 +424,55 @@ fn common_2_4_1_after_reset_nothing_is_consumed_or_notified() {
         rig.works(0);
         rig.works(1);
     });
+}
+
+/// What the driver said of its queues is forgotten in a reset, also that they are enabled.
+#[test]
+fn common_2_4_1_a_queue_is_not_enabled_as_it_was_before_the_reset() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        rig.status(Status::empty());
+        rig.rings.iter_mut().for_each(RingDriver::restart);
+        rig.negotiate();
+        let (config, kick) = (rig.rings[0].queue_config(), Kick::Manual);
+        let call: Option<Arc<dyn Interrupt>> = Some(rig.bells[0].clone());
+        let started = rig.engine.start(0, QueueStart { config, state: None, inflight: None, kick, call });
+        rig.done(started).unwrap();
+        rig.status(Status::DRIVER_OK);
+        let id = rig.add(0);
+        rig.kick(0);
+        assert_eq!(rig.rings[0].used(), None);
+        let enabled = rig.engine.enable(0, true);
+        rig.done(enabled);
+        assert_eq!(rig.rings[0].used().map(|used| used.id), Some(id));
+    });
+}
+
+/// Who is told that a queue is broken finds NEEDS_RESET in the status.
+#[derive(Default)]
+struct Watcher(Mutex<std::sync::Weak<Engine<Puppet>>>, Mutex<Vec<Status>>);
+
+impl HostEvents for Watcher {
+    fn event(&self, event: HostEvent) {
+        if let (HostEvent::QueueFault { .. }, Some(engine)) = (event, self.0.lock().unwrap().upgrade()) {
+            self.1.lock().unwrap().push(engine.status());
+        }
+    }
+}
+
+#[test]
+fn policy_1_whoever_hears_of_a_broken_ring_finds_needs_reset_in_the_status() {
+    let watcher = Arc::new(Watcher::default());
+    let mut rig = Rig::bare(RingLayout::Split, |options| options.events = watcher.clone());
+    rig.bring_up();
+    rig.rings[0].split().set_avail_idx(1000);
+    let Rig { engine, mut lanes, .. } = rig;
+    let engine = Arc::new(engine);
+    *watcher.0.lock().unwrap() = Arc::downgrade(&engine);
+    engine.kick(0);
+    lanes[0].turn(Some(Duration::ZERO));
+    let seen = watcher.1.lock().unwrap();
+    assert!(matches!(seen[..], [status] if status.contains(Status::DEVICE_NEEDS_RESET)), "{seen:?}");
 }
 
 #[test]
@@ -779,4 +832,180 @@ fn a_device_that_contradicts_itself_is_refused() {
     let options = EngineOptions::new(Arc::new(Ear::default()));
     let unlucky = Engine::new(Wrong(vec![queue(8, 0)], Features::empty()), options);
     assert!(matches!(unlucky, Err(EngineError::Device(_))));
+}
+
+#[test]
+fn common_2_1_2_an_interrupt_that_is_exchanged_before_driver_ok_is_silent_until_then() {
+    both(|layout| {
+        let mut rig = Rig::bare(layout, |_| {});
+        rig.negotiate();
+        rig.start(0);
+        let bell = Arc::new(Bell::default());
+        let exchanged = rig.engine.set_call(0, Some(bell.clone()));
+        rig.done(exchanged);
+        rig.add(0);
+        rig.kick(0);
+        assert_eq!(bell.take(), 0);
+        rig.status(Status::DRIVER_OK);
+        assert!(bell.take() > 0);
+    });
+}
+
+/// No feature of rings or negotiation needs another one: each can be withheld, or not be carried, and the others are
+/// offered all the same. What needs what among a device's own is the device's business.
+#[test]
+fn common_2_2_2_no_feature_is_offered_without_what_it_needs() {
+    let every = Features::RING | Features::CARRIED;
+    for name in every.names().filter(|name| *name != "version_1") {
+        let one = Features::by_name(name).unwrap();
+        let rig = Rig::bare(RingLayout::Split, |options| {
+            (options.carried, options.without) = (Features::CARRIED, one);
+        });
+        assert_eq!(rig.engine.offered() - OWN_FEATURE - PICKY_FEATURE, every - one, "{name}");
+    }
+}
+
+#[test]
+fn policy_6_rings_in_memory_that_was_lost_stop_and_others_go_on_after_a_reset() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        rig.works(0);
+        // The file behind one of the regions is truncated: whoever mapped it says so.
+        let poison = Arc::new(Poison::new());
+        let lost = Arc::new(
+            GuestRegionMmap::<()>::from_range(vm_memory::GuestAddress(1 << 32), 4096, None).unwrap(),
+        );
+        let kept = rig.ram.memory().iter().map(|region| (Arc::new(copy_of(region)), None));
+        let regions: Vec<_> = kept.chain([(lost, Some(poison.clone()))]).collect();
+        let change = rig.engine.memory(GuestRam::from_files(regions).unwrap(), WaitFor::NewRequests);
+        rig.done(change);
+        rig.works(0);
+        rig.ear.take();
+        poison.set();
+        rig.add(0);
+        rig.kick(0);
+        rig.step();
+        let broken = rig.ear.take();
+        assert!(
+            broken.iter().any(|event| matches!(
+                event,
+                HostEvent::QueueFault { queue: 0, error: QueueError::Poisoned }
+            ))
+        );
+        assert!(broken.iter().any(|event| matches!(event, HostEvent::NeedsReset { live: true, .. })));
+        let failures = rig.engine.failures();
+        assert_eq!(failures.memory.load(Ordering::Relaxed), 2, "both queues are in it");
+        assert_eq!(
+            failures.queue_faults.load(Ordering::Relaxed),
+            0,
+            "and nothing of it is the driver's doing"
+        );
+        rig.rings[0].drain();
+        rig.add(0);
+        rig.kick(0);
+        assert_eq!(rig.rings[0].used(), None);
+        // Other memory, another driver.
+        rig.status(Status::empty());
+        rig.rings.iter_mut().for_each(RingDriver::restart);
+        rig.bring_up();
+        rig.works(0);
+    });
+}
+
+/// The same memory, for whoever wants to know of its loss.
+fn copy_of(region: &GuestRegionMmap) -> GuestRegionMmap {
+    GuestRegionMmap::new(
+        vm_memory::MmapRegion::from_file(region.file_offset().unwrap().clone(), region.size()).unwrap(),
+        region.start_addr(),
+    )
+    .unwrap()
+}
+
+#[test]
+fn policy_7_a_change_of_memory_waits_for_chains_of_a_range_until_its_deadline() {
+    both(|layout| {
+        for late in [false, true] {
+            let mut rig = Rig::new(layout);
+            rig.mode(0, Mode::Hang);
+            let held = rig.add(0);
+            rig.kick(0);
+            // A minute is more than this test has: a change that ended by it would be seen not to end.
+            let deadline = Instant::now() + if late { Duration::ZERO } else { Duration::from_secs(60) };
+            let wait = WaitFor::Released { first: 0, last: u64::MAX, deadline };
+            let mut change = rig.engine.memory(rig.ram.ram(), wait);
+            rig.step();
+            assert_eq!(change.try_take().is_some(), late);
+            assert_eq!(rig.engine.failures().unreleased.load(Ordering::Relaxed), u64::from(late));
+            rig.mode(0, Mode::Echo);
+            assert_eq!(change.try_take().is_some(), !late);
+            let used: Vec<_> = rig.rings[0].drain().iter().map(|used| used.id).collect();
+            assert_eq!(used, [held]);
+            assert!(!rig.engine.status().contains(Status::DEVICE_NEEDS_RESET));
+            rig.works(0);
+        }
+    });
+}
+
+#[test]
+fn policy_8_kicks_that_are_calls_fill_no_memory() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        let heard = |rig: &Rig| rig.engine.stats(0).unwrap().kicks;
+        for round in 1..4 {
+            let before = heard(&rig);
+            // The lane has no turn meanwhile: as if it hung.
+            for _ in 0..1000 {
+                rig.engine.kick(0);
+            }
+            let id = rig.add(0);
+            rig.engine.kick(0);
+            rig.step();
+            assert_eq!(rig.rings[0].used().map(|used| used.id), Some(id), "the last of them counts, too");
+            assert_eq!(heard(&rig) - before, 1, "round {round}");
+        }
+        // Also while it is not served: the first kick after it is enabled is heard.
+        let off = rig.engine.enable(0, false);
+        rig.done(off);
+        rig.kick(0);
+        let on = rig.engine.enable(0, true);
+        rig.done(on);
+        rig.works(0);
+        rig.works(1);
+    });
+}
+
+/// Gives the lane that obeys it the next order of the same kind.
+struct Endless {
+    engine: std::sync::Weak<Engine<Puppet>>,
+    me: std::sync::Weak<Endless>,
+}
+
+impl Interrupt for Endless {
+    fn signal(&self) {
+        if let (Some(engine), Some(me)) = (self.engine.upgrade(), self.me.upgrade()) {
+            drop(engine.signal(0, me));
+        }
+    }
+}
+
+#[test]
+fn policy_8_orders_without_end_keep_no_queue_waiting() {
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let Rig { engine, mut lanes, ram, mut rings, .. } = Rig::new(RingLayout::Split);
+        let engine = Arc::new(engine);
+        let endless = Arc::new_cyclic(|me| Endless { engine: Arc::downgrade(&engine), me: me.clone() });
+        drop(engine.signal(0, endless.clone()));
+        for _ in 0..3 {
+            let id = rings[0].add(&[ram.writable(8)]);
+            engine.kick(0);
+            // Two: in the first one the kick may come behind as many orders as a turn carries out.
+            lanes[0].turn(Some(Duration::from_millis(1)));
+            lanes[0].turn(Some(Duration::from_millis(1)));
+            assert_eq!(rings[0].used().map(|used| used.id), Some(id));
+        }
+        drop(endless);
+        done.send(()).unwrap();
+    });
+    assert!(over.recv_timeout(Duration::from_secs(30)).is_ok(), "a turn does not end, or serves nothing");
 }

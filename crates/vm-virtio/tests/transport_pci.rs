@@ -2,8 +2,10 @@
 //! virtio 1.4, `malformed_pci_*` what a driver must not do.
 mod puppet;
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -11,7 +13,7 @@ use puppet::{ANSWER, Ear, HIGH, Mode, OWN, Order, Orders, PICKY, Puppet, Strings
 use virtio_testkit::transport::{TestFunction, VECTORS};
 use virtio_testkit::{RingDriver, RingLayout, TestRam};
 use vm_virtio::shared_memory::ShmRegion;
-use vm_virtio::transport::pci::{NO_VECTOR, Pci, PciCapability, VENDOR};
+use vm_virtio::transport::pci::{FunctionInterrupts, NO_VECTOR, Pci, PciCapability, VENDOR};
 use vm_virtio::transport::{Kicks, Options};
 use vm_virtio::{Features, GuestAddress, LaneRunner, QueueConfig, WaitFor};
 
@@ -611,4 +613,54 @@ fn snapshot_a_device_goes_on_behind_another_function() {
     until("no message", || next.function.take(5) > 0);
     assert!(next.pci.restore(&bytes).is_err(), "it is in use");
     assert_eq!(next.load(STATUS, 1), LIVE);
+}
+
+/// A function whose vectors have files behind them, as those of a hypervisor do; and how many messages it sent.
+struct Filed(File, AtomicU64);
+
+impl FunctionInterrupts for Filed {
+    fn uses_messages(&self) -> bool {
+        true
+    }
+    fn message(&self, _: u16) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+    fn message_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+    fn set_intx(&self, _: bool) {}
+}
+
+/// A lane has to hear of the other file. A driver that writes the vector again and again waits for that, so that no more
+/// of it is under way than the guest has CPUs.
+#[test]
+fn policy_8_vectors_are_not_exchanged_faster_than_lanes_follow() {
+    let mut options = Options::new(Arc::new(Ear::default()));
+    options.patience = Duration::from_secs(20);
+    let (device, orders) = Puppet::new();
+    let (pci, lanes) = Pci::new(device, options, VECTORS).unwrap();
+    let function = Arc::new(Filed(File::open("/dev/null").unwrap(), AtomicU64::new(0)));
+    pci.connect(function.clone());
+    for lane in lanes {
+        drop(std::thread::spawn(move || lane.run()));
+    }
+    let ram = TestRam::new(&[(1 << 20, 8 << 20)]);
+    pci.engine().memory(ram.ram(), WaitFor::NewRequests).wait();
+    let mut rig = Rig {
+        pci: Arc::new(pci),
+        lanes: Vec::new(),
+        orders: orders.recv().unwrap(),
+        function: Arc::default(),
+        ram,
+        rings: Vec::new(),
+        features: Features::empty(),
+    };
+    rig.go(RingLayout::Split, Features::empty());
+    rig.select(1);
+    for _ in 0..100 {
+        function.1.store(0, Ordering::SeqCst);
+        rig.store(QUEUE_VECTOR, 2, 3);
+        // An interrupt that may have gone to the old file is sent again: the lane's last word.
+        assert_eq!(function.1.load(Ordering::SeqCst), 1, "the write is over before the lane has heard of it");
+    }
 }

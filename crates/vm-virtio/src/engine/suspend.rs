@@ -4,7 +4,7 @@
 //! In both cases queues pop nothing from the order on, requests that were taken are finished, the driver is notified of
 //! them, and only then the device counts as suspended. Chains that a worker keeps without working on them (a request
 //! that waits for an event) stay where they are.
-use super::{Control, Core, Engine, STOP_DEADLINE, lock};
+use super::{Control, Core, Engine, STOP_DEADLINE, lock, wait_too};
 use crate::Status;
 use crate::device::{HostEvent, VirtioDevice};
 use crate::lane::{By, Command, Gathering};
@@ -67,7 +67,7 @@ impl<D: VirtioDevice> Engine<D> {
     pub(super) fn suspend_for_driver(&self, mut control: MutexGuard<'_, Control>) -> Ticket<()> {
         let (done, ticket) = ticket(());
         if let Some((_, waiting)) = control.suspending.as_mut() {
-            waiting.push(done);
+            wait_too(waiting, done);
             return ticket;
         }
         control.suspensions += 1;

@@ -42,12 +42,15 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 /// How often a ring without a kick file is looked at ([`Kick::Poll`]).
 pub const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Orders that a lane carries out in one turn, before it serves its queues.
+const ORDERS_A_TURN: usize = 256;
 
 /// Messages that a worker's mailbox holds.
 pub(crate) const MAILBOX: usize = 256;
@@ -86,9 +89,11 @@ impl FailureCounters {
     }
 }
 
-/// What the lanes of a device and its engine share: nothing that a request touches.
+/// What the lanes of a device and its engine share: nothing that a request touches, but for kicks that are calls.
 pub(crate) struct Shared {
     status: AtomicU8,
+    /// Of each queue: a kick that came as a call is on its way to the lane.
+    kicked: Vec<AtomicBool>,
     pub(crate) events: Arc<dyn HostEvents>,
     pub(crate) failures: FailureCounters,
     /// Who answers workers, if anybody does.
@@ -102,9 +107,24 @@ impl Shared {
         events: Arc<dyn HostEvents>,
         upcalls: Option<Arc<dyn UpcallHandler>>,
         regions: Vec<ShmRegion>,
+        queues: usize,
     ) -> Self {
         let (status, failures) = (AtomicU8::new(0), FailureCounters::default());
-        Shared { status, events, failures, upcalls, regions }
+        let kicked = (0..queues).map(|_| AtomicBool::new(false)).collect();
+        Shared { status, kicked, events, failures, upcalls, regions }
+    }
+
+    /// A driver kicks a queue by a call. Whether the lane has to be told: one order stands for all kicks until it is heard,
+    /// so that a driver cannot fill memory with them (failure policy 8).
+    pub(crate) fn kick(&self, queue: u16) -> bool {
+        self.kicked.get(usize::from(queue)).is_some_and(|kicked| !kicked.swap(true, Ordering::AcqRel))
+    }
+
+    /// The lane heard the order, and looks into the ring next. A swap, so that it sees what came before each of the kicks.
+    fn heard(&self, queue: u16) {
+        if let Some(kicked) = self.kicked.get(usize::from(queue)) {
+            kicked.swap(false, Ordering::AcqRel);
+        }
     }
 
     #[inline]
@@ -165,6 +185,8 @@ pub struct LaneRunner<W: Worker> {
     /// The worker was called since it was last flushed.
     called: bool,
     mail_waiting: bool,
+    /// There may be more orders than one turn carries out.
+    orders_waiting: bool,
     check_in: Option<stop::CheckIn<W>>,
     /// The worker is with the device to be saved or restored, and comes back soon. Orders that mean it wait.
     is_visiting: bool,
@@ -213,6 +235,7 @@ impl<W: Worker> LaneRunner<W> {
             failed: false,
             called: false,
             mail_waiting: false,
+            orders_waiting: false,
             check_in: None,
             is_visiting: false,
             later: VecDeque::new(),
@@ -279,10 +302,7 @@ impl<W: Worker> LaneRunner<W> {
         while let Some(event) = self.reactor.next() {
             worked |= self.handle(event);
         }
-        while let Ok(order) = self.orders.try_recv() {
-            self.obey(order);
-            worked = true;
-        }
+        worked |= self.read_orders();
         worked |= self.hear_upcalls();
         if self.mail_waiting && !self.failed && !self.at_rest() {
             self.read_mail();
@@ -319,6 +339,7 @@ impl<W: Worker> LaneRunner<W> {
     fn pending(&self) -> bool {
         // A failed worker reads no mail: it waits for the reset.
         self.mail_waiting && self.worker.is_some() && !self.failed && !self.at_rest()
+            || self.orders_waiting
             || self.rings.iter().any(|ring| ring.ready)
     }
 
@@ -467,6 +488,21 @@ impl<W: Worker> LaneRunner<W> {
         }
     }
 
+    fn read_orders(&mut self) -> bool {
+        // Bounded, too: drivers that notify by calls can give some as fast as they are carried out.
+        for at in 0..ORDERS_A_TURN {
+            match self.orders.try_recv() {
+                Ok(order) => self.obey(order),
+                Err(_) => {
+                    self.orders_waiting = false;
+                    return at > 0;
+                }
+            }
+        }
+        self.orders_waiting = true;
+        true
+    }
+
     fn obey(&mut self, order: Command<W>) {
         if self.is_visiting && !order.needs_no_worker() {
             return self.later.push_back(order);
@@ -542,7 +578,10 @@ impl<W: Worker> LaneRunner<W> {
                 }
                 done.complete(());
             }
-            Command::Kick { queue, done: _done } => {
+            Command::Kick { queue, done } => {
+                if done.is_none() {
+                    self.up.shared.heard(queue);
+                }
                 if let Some(at) = self.find(queue) {
                     self.rings[at].ready = !W::DELEGATES;
                     self.rings[at].tally.kicked();

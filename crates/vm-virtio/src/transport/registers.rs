@@ -453,13 +453,16 @@ impl<D: VirtioDevice> Registers<D> {
         }
     }
 
-    /// The interrupt of a queue goes another way: whoever has its file has to hear of it.
+    /// The interrupt of a queue goes another way: whoever has its file has to hear of it. Waits for that, as for everything
+    /// that a driver can have done by lanes: it cannot ask faster than they follow (failure policy 8).
     pub(super) fn renew_call(&self, queue: u32) {
         let mut state = self.lock();
         let on = self.slot(&mut state, queue).is_some_and(|slot| slot.is_on());
         if let (true, Ok(number)) = (on, u16::try_from(queue)) {
             let call = self.calls.get(usize::from(number)).cloned().flatten();
-            drop(self.engine.set_call(number, call));
+            let mut ticket = self.engine.set_call(number, call);
+            drop(state);
+            let _ = ticket.wait_for(self.patience);
         }
     }
 

@@ -2,18 +2,21 @@
 //!
 //! Names: `common_*` are lines of the common checklist with their sections of virtio 1.4, `policy_N_*` rules of the
 //! failure policy in ARCHITECTURE.md.
+use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use reactor::{Mail, Token};
-use virtio_testkit::{MemoryHost, RingLayout};
+use virtio_testkit::{Buf, MemoryHost, RingDriver, RingLayout};
 use vm_virtio::engine::STOP_DEADLINE;
 use vm_virtio::{
     Chain, ConfigSpace, ConfigWriter, DeviceError, DeviceType, Engine, EngineError, EngineOptions, Features,
-    HostEvent, HostEvents, Lane, QueueResetError, QueueSpec, Status, Stop, SuspendError, VirtioDevice,
-    Worker,
+    GuestAddress, GuestRam, HostEvent, HostEvents, Lane, QueueResetError, QueueSpec, Status, Stop,
+    SuspendError, VirtioDevice, WaitFor, Worker,
 };
 
+const NEGOTIATED: Status = Status::from_bits_retain(1 | 2 | 8);
 const LIVE: Status = Status::from_bits_retain(1 | 2 | 4 | 8);
 const SUSPENDED: Status = Status::from_bits_retain(1 | 2 | 8 | 16);
 
@@ -41,6 +44,10 @@ enum Order {
     Complete,
     /// Drops what it holds.
     Lose,
+    /// Gives a held request out of its hands, as to another thread, and still counts it as kept.
+    Lend(std::sync::mpsc::Sender<Chain>),
+    /// Sets a timer when it is suspended next.
+    Alarm(Arc<AtomicUsize>),
 }
 
 struct Device {
@@ -51,6 +58,9 @@ struct Device {
 struct Server {
     mode: Mode,
     held: Vec<(u16, Chain)>,
+    lent: Vec<u16>,
+    /// Counts timers, if one is to be set.
+    alarm: Option<Arc<AtomicUsize>>,
     config: Arc<ConfigSpace>,
 }
 
@@ -76,11 +86,13 @@ impl VirtioDevice for Device {
     }
     fn workers(&mut self, mail: &[Mail<Order>]) -> Result<Vec<Server>, DeviceError> {
         self.mail.send(mail[0].clone()).unwrap();
-        Ok(vec![Server { mode: Mode::Echo, held: Vec::new(), config: self.config.clone() }])
+        let config = self.config.clone();
+        Ok(vec![Server { mode: Mode::Echo, held: Vec::new(), lent: Vec::new(), alarm: None, config }])
     }
     fn reset(&mut self, workers: &mut [Server]) {
         workers[0].mode = Mode::Echo;
         workers[0].held.clear();
+        workers[0].lent.clear();
     }
 }
 
@@ -112,11 +124,18 @@ impl Worker for Server {
         if self.mode == Mode::Hold {
             (0..2).for_each(|queue| self.queue_stop(queue, Stop::Drain, lane));
         }
+        if self.alarm.is_some() {
+            lane.reactor.set_timer(Token::new(0), std::time::Instant::now());
+        }
     }
     fn keeps(&self, queue: u16) -> usize {
-        if self.mode == Mode::Keep { self.held.iter().filter(|(of, _)| *of == queue).count() } else { 0 }
+        let held = self.held.iter().map(|(of, _)| of).filter(|_| self.mode == Mode::Keep);
+        held.chain(&self.lent).filter(|of| **of == queue).count()
     }
     fn timer(&mut self, _: Token, lane: &mut Lane<'_>) -> Result<(), DeviceError> {
+        if let Some(alarm) = self.alarm.take() {
+            alarm.fetch_add(1, Ordering::SeqCst);
+        }
         let _ = self.config.set(0, &[77]);
         lane.up.config_changed();
         Ok(())
@@ -131,6 +150,13 @@ impl Worker for Server {
                 lane.reactor.set_timer(Token::new(0), std::time::Instant::now());
             }
             Order::Lose => self.held.clear(),
+            Order::Lend(to) => {
+                if let Some((queue, chain)) = self.held.pop() {
+                    self.lent.push(queue);
+                    let _ = to.send(chain);
+                }
+            }
+            Order::Alarm(count) => self.alarm = Some(count),
             Order::Complete => {
                 if let Some((queue, chain)) = self.held.pop()
                     && let Some(queue) = lane.queues.get(queue)
@@ -264,6 +290,31 @@ fn common_3_4_2_chains_that_only_wait_are_kept_over_a_suspension() {
     });
 }
 
+/// A chain that somebody else drops meanwhile goes back when the device is resumed.
+#[test]
+fn common_3_4_2_a_kept_chain_that_is_dropped_while_suspended_is_used_at_resume() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        rig.tell(Order::Be(Mode::Keep));
+        let id = rig.request(0);
+        let (lend, lent) = std::sync::mpsc::channel();
+        rig.tell(Order::Lend(lend));
+        rig.suspend();
+        assert_eq!(rig.status(), SUSPENDED);
+        let interrupts = rig.host.interrupts(0);
+        drop(lent.recv().unwrap());
+        // An order is what wakes a lane at rest.
+        rig.host.kick_anyway(0);
+        rig.host.step();
+        rig.silent();
+        assert_eq!(rig.host.interrupts(0), interrupts);
+        rig.resume();
+        rig.host.step();
+        rig.answered(0, id);
+        assert!(rig.host.interrupts(0) > interrupts);
+    });
+}
+
 #[test]
 fn common_3_4_2_suspend_is_ignored_before_driver_ok_and_without_the_feature() {
     let (sender, _receiver) = std::sync::mpsc::channel();
@@ -271,6 +322,14 @@ fn common_3_4_2_suspend_is_ignored_before_driver_ok_and_without_the_feature() {
     let mut host = MemoryHost::builder(device).with(Features::CARRIED).build();
     host.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::SUSPEND);
     assert_eq!(host.engine().status(), Status::ACKNOWLEDGE | Status::DRIVER);
+    // Nor when the feature is negotiated and everything but DRIVER_OK is done (3.1).
+    host.engine().set_driver_features(host.features()).unwrap();
+    host.set_status(NEGOTIATED);
+    host.set_status(NEGOTIATED | Status::SUSPEND);
+    assert_eq!(host.engine().status(), NEGOTIATED);
+    host.set_status(NEGOTIATED | Status::SUSPEND | Status::DRIVER_OK);
+    assert_eq!(host.engine().status(), LIVE);
+    host.reset();
     host.initialise();
     assert_eq!(host.engine().status(), LIVE);
     let mut rig = Rig::with(RingLayout::Split, Features::RING_RESET);
@@ -303,6 +362,52 @@ fn common_3_4_2_config_changes_are_seen_and_told_at_resume_and_drivers_writes_ig
     assert!(rig.host.events().is_empty(), "no change, no news");
 }
 
+/// 3.4.2 and 2.1.2: what breaks while nobody may be notified is told when the driver resumes.
+#[test]
+fn common_3_4_2_an_error_of_a_suspended_device_is_told_at_resume() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        rig.suspend();
+        rig.host.events();
+        let change = rig.host.engine().memory(GuestRam::empty(), WaitFor::NewRequests);
+        rig.host.finish(change);
+        let events = rig.host.events();
+        assert!(events.iter().any(|event| matches!(event, HostEvent::NeedsReset { live: false, .. })));
+        assert!(!events.iter().any(|event| matches!(
+            event,
+            HostEvent::ConfigChanged | HostEvent::NeedsReset { live: true, .. }
+        )));
+        assert_eq!(rig.status(), SUSPENDED | Status::DEVICE_NEEDS_RESET);
+        rig.resume();
+        assert!(matches!(rig.host.events()[..], [HostEvent::ConfigChanged]));
+        assert_eq!(rig.status(), LIVE | Status::DEVICE_NEEDS_RESET);
+    });
+}
+
+#[test]
+fn common_2_5_2_a_change_by_the_device_is_notified_once_the_driver_is_ready() {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let device = Device { config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4])), mail: sender };
+    let host = MemoryHost::builder(device).build();
+    let mut rig = Rig { host, mail: receiver.recv().unwrap() };
+    let told = |rig: &mut Rig| {
+        rig.tell(Order::Configure(9));
+        // The worker's timer makes another change.
+        assert!(rig.host.run_until(Duration::from_secs(30), |host| {
+            let mut byte = [0];
+            host.config().read(0, &mut byte);
+            byte == [77]
+        }));
+        let changes = |event: &&HostEvent| matches!(event, HostEvent::ConfigChanged);
+        rig.host.events().iter().filter(changes).count()
+    };
+    assert_eq!(told(&mut rig), 0, "2.1.2: not before DRIVER_OK");
+    rig.host.initialise();
+    assert_eq!(told(&mut rig), 2);
+    rig.host.reset();
+    assert_eq!(told(&mut rig), 0, "2.4.1: not after a reset");
+}
+
 #[test]
 fn common_3_4_2_a_workers_timers_and_messages_wait_for_the_resume() {
     let mut rig = Rig::new(RingLayout::Split);
@@ -324,6 +429,17 @@ fn common_3_4_2_a_workers_timers_and_messages_wait_for_the_resume() {
     rig.host.config().read(0, &mut byte);
     assert_ne!(rig.host.config().generation(), 0);
     assert!(byte == [6] || byte == [77]);
+    // A timer that is due at once, and only when the device comes to rest.
+    let rung = Arc::new(AtomicUsize::new(0));
+    rig.tell(Order::Alarm(rung.clone()));
+    rig.suspend();
+    assert_eq!(rig.status(), SUSPENDED);
+    std::thread::sleep(Duration::from_millis(2));
+    rig.host.kick_anyway(0);
+    rig.host.step();
+    assert_eq!(rung.load(Ordering::SeqCst), 0);
+    rig.resume();
+    assert!(rig.host.run_until(Duration::from_secs(30), |_| rung.load(Ordering::SeqCst) == 1));
 }
 
 #[test]
@@ -382,6 +498,66 @@ fn policy_7_a_suspension_whose_backend_hangs_ends_as_needs_reset() {
     let id = rig.request(0);
     rig.answered(0, id);
     assert!(STOP_DEADLINE > Duration::ZERO);
+}
+
+/// Whoever does not give back what he has, and says nothing, is waited for until the deadline and no longer.
+#[test]
+fn policy_7_a_worker_that_says_nothing_holds_up_a_suspension_and_a_queues_reset_until_the_deadline() {
+    let (mut suspended, mut reset) = (Rig::new(RingLayout::Split), Rig::new(RingLayout::Packed));
+    for rig in [&mut suspended, &mut reset] {
+        rig.tell(Order::Be(Mode::Hang));
+        rig.request(0);
+        rig.host.events();
+    }
+    // Both wait at the same time.
+    let asked = std::time::Instant::now();
+    let suspension = suspended.host.engine().set_status(LIVE | Status::SUSPEND);
+    let queue_reset = reset.host.engine().reset_queue(0);
+    reset.host.step();
+    suspended.host.finish(suspension);
+    assert!(asked.elapsed() >= STOP_DEADLINE, "not given up before");
+    assert_eq!(suspended.status(), LIVE | Status::DEVICE_NEEDS_RESET);
+    assert_eq!(reset.host.finish(queue_reset), Err(QueueResetError::Stuck));
+    assert_eq!(reset.status(), LIVE | Status::DEVICE_NEEDS_RESET);
+    for rig in [&mut suspended, &mut reset] {
+        assert!(matches!(rig.host.events()[..], [HostEvent::NeedsReset { live: true, .. }]));
+        rig.tell(Order::Lose);
+        rig.host.reset();
+        rig.host.initialise();
+        let id = rig.request(0);
+        rig.answered(0, id);
+    }
+}
+
+#[derive(Default)]
+struct Nobody;
+impl std::task::Wake for Nobody {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// A driver writes the same status again and again while a device comes to rest, or is reset: those who waited for it and
+/// have gone are forgotten.
+#[test]
+fn policy_8_a_status_that_is_written_again_and_again_fills_no_memory() {
+    let mut rig = Rig::new(RingLayout::Split);
+    rig.tell(Order::Be(Mode::Hang));
+    rig.request(0);
+    let nobody = Arc::new(Nobody);
+    let waker = std::task::Waker::from(nobody.clone());
+    for status in [LIVE | Status::SUSPEND, Status::empty()] {
+        for _ in 0..100 {
+            let mut ticket = rig.host.engine().set_status(status);
+            // What is remembered of the one who waits is gone with him.
+            let mut context = std::task::Context::from_waker(&waker);
+            assert!(std::pin::Pin::new(&mut ticket).poll(&mut context).is_pending());
+            drop(ticket);
+            assert!(Arc::strong_count(&nobody) <= 4);
+        }
+    }
+    let last = rig.host.engine().set_status(Status::empty());
+    rig.tell(Order::Lose);
+    rig.host.finish(last);
+    assert_eq!(rig.status(), Status::empty());
 }
 
 #[test]
@@ -450,7 +626,7 @@ fn common_2_6_1_1_1_a_reset_queue_executes_and_notifies_nothing_and_starts_afres
         rig.tell(Order::Complete);
         rig.answered(0, other);
         rig.tell(Order::Be(Mode::Echo));
-        // 2.6.1.2: as at its first initialisation, here of another size, index 0 again.
+        // 2.6.1.2: as at its first initialisation, index 0 again.
         rig.host.ring(1).restart();
         rig.host.start_queue(1, None);
         let id = rig.request(1);
@@ -476,7 +652,56 @@ fn common_2_6_1_a_queue_that_does_not_run_can_be_reset_and_nobody_else_asks() {
 }
 
 #[test]
-fn common_2_6_1_a_faulted_queue_can_be_reset_and_a_suspended_device_can_reset_one() {
+fn common_2_6_1_a_faulted_queue_can_be_reset() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        rig.host.ring(0).add(&[Buf::writable(GuestAddress(1 << 40), 64)]);
+        rig.host.kick_anyway(0);
+        rig.host.step();
+        let events = rig.host.events();
+        assert!(events.iter().any(|event| matches!(event, HostEvent::QueueFault { queue: 0, .. })));
+        let ticket = rig.host.engine().reset_queue(0);
+        assert_eq!(rig.host.finish(ticket), Ok(()));
+        rig.host.ring(0).restart();
+        rig.host.start_queue(0, None);
+        let ticket = rig.host.engine().enable(0, true);
+        rig.host.finish(ticket);
+        let id = rig.request(0);
+        rig.answered(0, id);
+        // What is wrong with the device as a whole is not for one queue to mend.
+        assert_eq!(rig.status(), LIVE | Status::DEVICE_NEEDS_RESET);
+    });
+}
+
+/// The device observes what the driver has changed: size and addresses.
+#[test]
+fn common_2_6_1_2_1_a_queue_is_enabled_again_elsewhere_and_of_another_size() {
+    both(|layout| {
+        let mut rig = Rig::new(layout);
+        let before = rig.host.ring(1).queue_config();
+        for size in [8, 64, 2] {
+            let id = rig.request(1);
+            rig.answered(1, id);
+            let ticket = rig.host.engine().reset_queue(1);
+            assert_eq!(rig.host.finish(ticket), Ok(()));
+            let (ram, features) = (rig.host.ram().clone(), rig.host.features());
+            *rig.host.ring(1) = RingDriver::new(&ram, layout, size, features);
+            assert_ne!(rig.host.ring(1).queue_config().desc, before.desc);
+            rig.host.start_queue(1, None);
+            let ticket = rig.host.engine().enable(1, true);
+            rig.host.finish(ticket);
+            // Twice around the ring.
+            for _ in 0..2 * size {
+                let id = rig.request(1);
+                rig.answered(1, id);
+            }
+            rig.host.settle();
+        }
+    });
+}
+
+#[test]
+fn common_2_6_1_a_suspended_device_can_reset_a_queue() {
     let mut rig = Rig::new(RingLayout::Split);
     rig.tell(Order::Be(Mode::Keep));
     rig.request(0);

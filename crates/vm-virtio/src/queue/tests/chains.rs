@@ -24,7 +24,7 @@ fn a_chain_is_an_8_byte_handle_that_can_be_sent() {
 }
 
 #[test]
-fn a_dropped_chain_goes_back_with_length_0_and_is_counted() {
+fn policy_2_a_dropped_chain_goes_back_with_length_0_and_is_counted() {
     for packed in LAYOUTS {
         for features in [Features::empty(), Features::IN_ORDER] {
             let mut driver = driver(packed, 8, features);
@@ -110,6 +110,7 @@ fn a_foreign_chain_is_refused_counted_and_goes_back_to_its_own_queue() {
     }
 }
 
+/// 2.7.8.2, 2.8.4: more would tell the driver that it may read what nobody wrote.
 #[test]
 fn the_used_length_is_never_more_than_the_room() {
     for packed in LAYOUTS {

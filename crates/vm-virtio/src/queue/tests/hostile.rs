@@ -1,4 +1,4 @@
-//! Rings that change under our hands: nothing panics, loops or leaves guest memory, whatever is read.
+//! Rings that change under our hands: nothing panics, loops or leaves guest memory, whatever is read (failure policy 8).
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -66,7 +66,7 @@ fn served(queue: &mut Queue, ram: &GuestRam, parked: &mut Vec<Chain>) {
 }
 
 #[test]
-fn rings_scribbled_over_by_another_thread() {
+fn policy_8_rings_scribbled_over_by_another_thread() {
     for packed in LAYOUTS {
         for in_order in [Features::empty(), Features::IN_ORDER] {
             let size = if packed { 13 } else { 16 };
@@ -121,7 +121,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn any_bytes_in_rings_and_tables(
+    fn policy_8_any_bytes_in_rings_and_tables(
         packed in any::<bool>(),
         bits in any::<u8>(),
         seed in 1u64..,

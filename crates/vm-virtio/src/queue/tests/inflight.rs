@@ -735,7 +735,7 @@ proptest! {
 
 /// While the front-end writes to it.
 #[test]
-fn inflight_regions_scribbled_over_by_another_thread() {
+fn policy_8_inflight_regions_scribbled_over_by_another_thread() {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     for packed in LAYOUTS {
         let mut world = with_three_out(packed, Features::INDIRECT_DESC);

@@ -5,6 +5,7 @@ use crate::memory::iotlb::{Rights, Translation};
 
 const ALL: Rights = Rights { read: true, write: true };
 const READ: Rights = Rights { read: true, write: false };
+const WRITE_ONLY: Rights = Rights { read: false, write: true };
 
 /// The same addresses on both sides, for these ranges.
 fn view(driver: &Driver, ranges: &[(u64, u64, Rights)]) -> GuestRam {
@@ -162,5 +163,50 @@ fn what_is_out_in_a_range_is_known_until_it_ends_or_is_forgiven() {
         queue.add_used(chain, 0);
         queue.add_used(other, 0);
         assert!(!queue.holds(0, u64::MAX));
+    }
+}
+
+/// What need not be read is not: a device-writable buffer is not even asked to be readable.
+#[test]
+fn split_2_7_5_1_packed_2_8_15_buffers_are_accessed_in_their_direction_only() {
+    for (packed, features) in all() {
+        let mut driver = driver(packed, 8, Features::INDIRECT_DESC | features);
+        let ranges = [(DATA, 0x1000, READ), (DATA + 0x1000, 0x1000, WRITE_ONLY), (TABLES, 0x1_0000, READ)];
+        let mut queue = queue(&driver, &with(&ranges)).unwrap();
+        driver.write(DATA, &[3; 8]);
+        let elems = [r(DATA, 8), w(DATA + 0x1000, 8)];
+        driver.add(&elems, &[]).unwrap();
+        driver.add(&[], &elems).unwrap();
+        for _ in 0..2 {
+            let chain = queue.pop().unwrap();
+            let (mut reader, mut writer) = queue.split(&chain);
+            assert_eq!(
+                (reader.remaining(), writer.remaining()),
+                (8, 8),
+                "each has its own part, and no more"
+            );
+            assert_eq!(reader.read_obj::<[u8; 8]>().unwrap(), [3; 8]);
+            writer.write_all(&[4; 8]).unwrap();
+            queue.add_used(chain, 8);
+        }
+        queue.publish();
+        assert_eq!(driver.used().len(), 2);
+        assert_eq!((driver.read(DATA, 8), driver.read(DATA + 0x1000, 8)), (vec![3; 8], vec![4; 8]));
+        // The other way around neither can be had.
+        for (elem, write) in [(w(DATA, 8), true), (r(DATA + 0x1000, 8), false)] {
+            let mut queue = Queue::new(
+                driver.config,
+                &view(&driver, &with(&ranges)),
+                driver.features,
+                Some(queue.state()),
+            )
+            .unwrap();
+            let mut again = super::driver(packed, 8, features);
+            (again.ram, again.next_avail, again.avail_wrap) =
+                (driver.ram.clone(), driver.next_avail, driver.avail_wrap);
+            again.add(&[elem], &[]).unwrap();
+            assert!(queue.pop().is_none());
+            assert_eq!(queue.miss(), missing(elem.addr, write, true));
+        }
     }
 }

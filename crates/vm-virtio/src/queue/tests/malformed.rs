@@ -1,6 +1,10 @@
-//! What a driver must not do: each is a fault of its own, latched, and the queue still takes completions.
+//! What a driver must not do: each is a fault of its own, latched, and the queue still takes completions (failure policy
+//! 1). Nothing of it is read or written, or kept without bound (8).
+use std::sync::Arc;
+
 use super::driver::{AVAIL, DATA, END, FAR, FAR_LEN, TABLES};
 use super::*;
+use crate::memory::Poison;
 
 /// Pops until the fault, which it must be; then nothing is popped any more, whatever the ring has.
 #[track_caller]
@@ -129,6 +133,7 @@ fn malformed_packed_list_goes_on_with_what_is_not_available() {
     }
 }
 
+/// 2.7.5.2, 2.8.17; and the limit that 2.7.4.1 and 2.8.18 allow is no lower.
 #[test]
 fn malformed_chain_longer_than_the_queue() {
     let long: Vec<Elem> = (0..9).map(|i| r(DATA + i, 1)).collect();
@@ -398,4 +403,73 @@ fn peers_virtio_queue_a_broken_chain_is_not_the_end_of_a_chain() {
 #[test]
 fn peers_virtio_queue_indirect_is_refused_unless_negotiated() {
     malformed_indirect_not_negotiated();
+}
+
+/// Each chain has no more elements than the queue has entries, and all of them together no more than a queue keeps: a guest
+/// cannot make us allocate without bound.
+#[test]
+fn policy_8_the_elements_of_all_chains_that_are_out_are_bounded() {
+    let size = 2048;
+    for packed in LAYOUTS {
+        let driver = driver(packed, size, INDIRECT_DESC);
+        let mut queue = driver.queue();
+        // One table for all.
+        let (table, len) = driver.table(0, &vec![w(DATA, 8); usize::from(size)]);
+        for i in 0..size {
+            if packed {
+                driver.packed_desc(i, table, len, i, INDIRECT | 0x80);
+            } else {
+                driver.split_desc(i, table, len, INDIRECT, 0);
+                driver.put_u16(AVAIL + 4 + 2 * u64::from(i), i);
+            }
+        }
+        driver.put_u16(AVAIL + 2, if packed { 0 } else { size });
+        let mut chains: Vec<Chain> = queue.iter().collect();
+        assert_eq!(queue.fault(), Some(&QueueError::OutOfSegments));
+        let out: usize = chains.iter().map(|chain| queue.writable(chain).len()).sum();
+        // There is room for a mebi of them, in blocks up to four times as large as what is in them.
+        assert!((1 << 18..=1 << 20).contains(&out), "{out} elements");
+        // What is out is whole, and may be completed.
+        let last = chains.pop().unwrap();
+        assert_eq!(queue.writer(&last).write(&vec![5; 8 * usize::from(size)]), 8 * usize::from(size));
+        queue.add_used(last, 8);
+        for chain in chains {
+            queue.add_used(chain, 8);
+        }
+        queue.publish();
+        assert_eq!(queue.outstanding(), 0);
+    }
+}
+
+/// The ring's memory, or that of its buffers, lost the file behind it.
+#[test]
+fn policy_6_memory_that_was_lost_faults_the_queue_which_still_takes_completions() {
+    for packed in LAYOUTS {
+        let poison = Arc::new(Poison::new());
+        let mut driver = driver(packed, 8, NONE);
+        let region = Arc::new(driver::region(0, END as usize));
+        driver.ram = GuestRam::from_files([(region, Some(poison.clone()))]).unwrap();
+        let mut queue = driver.queue();
+        driver.add(&[w(DATA, 8)], &[]).unwrap();
+        let chain = queue.pop().unwrap();
+        assert!(queue.check_memory());
+        // Of somebody else's memory.
+        Poison::new().set();
+        assert!(queue.check_memory());
+        driver.add(&[w(DATA, 8)], &[]).unwrap();
+        let before = queue.state();
+        poison.set();
+        assert!(!queue.check_memory());
+        assert_eq!(queue.fault(), Some(&QueueError::Poisoned));
+        assert!(queue.pop().is_none() && !queue.has_available() && !queue.arm());
+        assert_eq!(queue.state(), before);
+        queue.add_used(chain, 8);
+        queue.publish();
+        assert_eq!((queue.outstanding(), queue.counters().completed), (0, 1));
+        // No queue is made of it.
+        assert_eq!(
+            Queue::new(driver.config, &driver.ram, driver.features, None).unwrap_err(),
+            QueueError::Poisoned
+        );
+    }
 }

@@ -1,5 +1,7 @@
 //! The packed ring, line by line of its contract.
-use super::driver::{AVAIL, DATA, DESC, USED};
+use std::sync::Arc;
+
+use super::driver::{AVAIL, BORDER, DATA, DESC, TABLES, USED};
 use super::*;
 
 fn packed(size: u16, features: Features) -> Driver {
@@ -121,16 +123,23 @@ fn packed_2_8_6_the_id_is_that_of_the_last_descriptor_and_goes_back_unchanged() 
 
 #[test]
 fn packed_2_8_7_in_tables_only_the_write_flag_counts() {
-    let driver = packed(4, Features::INDIRECT_DESC);
-    let mut queue = driver.queue();
-    let table = driver::TABLES;
-    driver.desc_at(table, DATA, 8, 77, !WRITE);
-    driver.desc_at(table + 16, DATA + 8, 16, 78, 0xffff);
-    driver.packed_desc(0, table, 32, 2, INDIRECT | WRITE | 0x80);
-    let chain = queue.pop().unwrap();
-    assert_eq!(queue.id(&chain), Some(ChainId(2)));
-    assert_eq!((queue.reader(&chain).remaining(), queue.writer(&chain).remaining()), (8, 16));
-    queue.add_used(chain, 16);
+    // In one piece of the host's memory, and in two.
+    for table in [driver::TABLES, BORDER - 16, BORDER - 5] {
+        let driver = packed(4, Features::INDIRECT_DESC);
+        let mut queue = driver.queue();
+        driver.desc_at(table, DATA, 8, 77, !WRITE);
+        driver.desc_at(table + 16, DATA + 8, 16, 78, 0xffff);
+        driver.packed_desc(0, table, 32, 2, INDIRECT | WRITE | 0x80);
+        let chain = queue.pop().unwrap();
+        assert_eq!(queue.id(&chain), Some(ChainId(2)));
+        assert_eq!((queue.reader(&chain).remaining(), queue.writer(&chain).remaining()), (8, 16));
+        queue.add_used(chain, 16);
+    }
+}
+
+#[test]
+fn packed_2_8_4_length_and_data_are_there_when_the_descriptor_is_used() {
+    super::split::length_and_data_are_there(packed(16, Features::empty()));
 }
 
 #[test]
@@ -166,6 +175,43 @@ fn packed_2_8_8_in_order_one_descriptor_stands_for_a_batch() {
     assert_eq!(driver.read(DESC + 16, 7 * 16), before, "one descriptor was written");
     assert_eq!(driver.used(), ids.iter().map(|id| (*id, 4)).collect::<Vec<_>>());
     assert_eq!(queue.state().used, RingPos { index: 6, wrap: true });
+}
+
+/// A device that uses several buffers for one request completes and publishes them together: its driver, which begins
+/// with the first, finds all of them or none.
+#[test]
+fn packed_2_8_9_the_first_buffer_of_a_batch_is_marked_used_last() {
+    for features in [Features::empty(), Features::INDIRECT_DESC] {
+        let mut driver = packed(7, features);
+        let mut queue = driver.queue();
+        // Also over the end of the ring.
+        for _ in 0..7 {
+            let elems = [w(DATA, 4), w(DATA + 4, 4)];
+            let ids: Vec<u16> = (0..3)
+                .map(|_| {
+                    let direct = features.is_empty();
+                    let (list, table): (&[_], &[_]) = if direct { (&elems, &[]) } else { (&[], &elems) };
+                    driver.add(list, table).unwrap()
+                })
+                .collect();
+            let step = if features.is_empty() { 2 } else { 1 };
+            let (first, wrap) = (driver.next_used, driver.used_wrap);
+            for chain in queue.iter().collect::<Vec<_>>() {
+                queue.add_used(chain, 8);
+            }
+            let is_used = |driver: &Driver, at: u16| {
+                let (at, wrap) = if at < 7 { (at, wrap) } else { (at - 7, !wrap) };
+                let flags = driver.u16_at(DESC + 16 * u64::from(at) + 14) & 0x8080;
+                flags == if wrap { 0x8080 } else { 0 }
+            };
+            let others = [first + step, first + 2 * step];
+            assert!(!is_used(&driver, first) && others.iter().all(|at| is_used(&driver, *at)));
+            assert!(driver.used().is_empty());
+            queue.publish();
+            assert!(is_used(&driver, first));
+            assert_eq!(driver.used(), ids.iter().map(|id| (*id, 8)).collect::<Vec<_>>());
+        }
+    }
 }
 
 #[test]
@@ -276,6 +322,113 @@ fn packed_2_8_15_a_descriptor_is_not_used_before_its_avail_flag_changes() {
     driver.packed_desc(0, DATA, 8, 0, 0x80);
     assert!(queue.has_available());
     assert!(queue.pop().is_some());
+}
+
+#[test]
+fn packed_2_8_15_readable_buffers_and_tables_are_never_written() {
+    let mut driver = packed(8, Features::INDIRECT_DESC);
+    let mut queue = driver.queue();
+    driver.write(DATA, &[7; 64]);
+    driver.add(&[r(DATA, 64), w(DATA + 64, 64)], &[]).unwrap();
+    driver.add(&[], &[r(DATA, 64), w(DATA + 128, 64)]).unwrap();
+    let tables = driver.read(TABLES, 0x8000);
+    while let Some(chain) = queue.pop() {
+        queue.writer(&chain).write_all(&[9; 64]).unwrap();
+        queue.add_used(chain, 64);
+        queue.publish();
+        queue.arm();
+    }
+    assert_eq!(driver.read(TABLES, 0x8000), tables);
+    assert_eq!(driver.read(DATA, 64), [7; 64]);
+    assert_eq!(driver.read(DATA + 64, 128), [9; 128]);
+}
+
+#[test]
+fn packed_2_8_15_a_used_descriptor_is_not_changed_any_more() {
+    for (features, tracked) in [
+        (Features::empty(), false),
+        (Features::empty(), true),
+        (Features::IN_ORDER, false),
+        (Features::IN_ORDER, true),
+    ] {
+        let mut driver = packed(7, features | Features::EVENT_IDX);
+        let memory = Arc::new(crate::memory::SharedMemory::private(InflightRegion::bytes_for(7)));
+        let region = InflightRegion::new(memory.clone(), 0, memory.len()).unwrap();
+        let mut queue =
+            Queue::tracked(driver.config, &driver.ram, driver.features, None, tracked.then_some(&region))
+                .unwrap();
+        // By their place in the ring: those that the driver may have read.
+        let mut settled: [Option<Vec<u8>>; 7] = Default::default();
+        for round in 0..40usize {
+            let elems: Vec<Elem> = (0..1 + round as u64 % 2).map(|i| w(DATA + 8 * i, 8)).collect();
+            for _ in 0..3 {
+                let first = driver.next_avail;
+                driver.add(&elems, &[]).unwrap();
+                // The driver's again.
+                for i in 0..elems.len() as u16 {
+                    settled[usize::from((first + i) % 7)] = None;
+                }
+            }
+            let mut chains: Vec<Chain> = queue.iter().collect();
+            if round % 4 == 1 {
+                queue.unpop(chains.pop().unwrap()).unwrap();
+                chains.extend(queue.pop());
+            }
+            assert_eq!(chains.len(), 3);
+            // Not in their order; one is dropped.
+            let last = chains.swap_remove(round % 3);
+            for chain in chains {
+                queue.add_used(chain, 5);
+                if round % 5 == 0 {
+                    queue.publish();
+                }
+            }
+            if round % 3 == 0 {
+                drop(last)
+            } else {
+                queue.add_used(last, 8)
+            }
+            queue.publish();
+            queue.arm();
+            queue.disarm();
+            driver.used();
+            for (i, then) in settled.iter_mut().enumerate() {
+                let now = driver.read(DESC + 16 * i as u64, 16);
+                assert_eq!(*then.get_or_insert_with(|| now.clone()), now, "descriptor {i} in round {round}");
+            }
+        }
+        let before = driver.read(DESC, 7 * 16);
+        drop(queue.into_state());
+        assert_eq!(driver.read(DESC, 7 * 16), before);
+    }
+}
+
+#[test]
+fn packed_2_8_18_a_list_is_used_in_the_order_of_its_descriptors() {
+    let mut driver = packed(7, Features::INDIRECT_DESC);
+    let mut queue = driver.queue();
+    // At every place of the ring, and over its end.
+    for round in 0..21 {
+        let table = round % 4 == 3;
+        // Nowhere in the order of their addresses.
+        let at = [48, 0, 32, 16].map(|offset| DATA + offset);
+        for (i, at) in at.into_iter().enumerate() {
+            driver.write(at, &[i as u8 + 1; 3]);
+        }
+        let elems = [r(at[0], 3), r(at[1], 3), w(at[2], 3), w(at[3], 3)];
+        let (list, indirect): (&[_], &[_]) = if table { (&[], &elems) } else { (&elems, &[]) };
+        let id = driver.add(list, indirect).unwrap();
+        let chain = queue.pop().unwrap();
+        let (mut reader, mut writer) = queue.split(&chain);
+        let mut bytes = [0; 6];
+        reader.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, [1, 1, 1, 2, 2, 2]);
+        writer.write_all(&[5, 5, 5, 6, 6, 6]).unwrap();
+        queue.add_used(chain, 6);
+        queue.publish();
+        assert_eq!(driver.used(), [(id, 6)]);
+        assert_eq!((driver.read(at[2], 3), driver.read(at[3], 3)), (vec![5; 3], vec![6; 3]));
+    }
 }
 
 #[test]

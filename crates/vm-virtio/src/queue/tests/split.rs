@@ -127,6 +127,19 @@ fn split_2_7_5_3_2_write_flag_of_the_referring_descriptor_is_ignored() {
     // Nor does it count as a writable element before the readable one.
     assert_eq!(queue.fault(), None);
     queue.add_used(chain, 8);
+    // Nor behind direct elements, of which the first in the table is one more of the same kind.
+    for direct in [r(DATA, 4), w(DATA, 4)] {
+        let mut driver = split(8, Features::INDIRECT_DESC);
+        let mut queue = driver.queue();
+        let (addr, len) = driver.table(0, &[Elem { addr: DATA + 4, ..direct }, w(DATA + 8, 8)]);
+        driver.split_desc(3, direct.addr, direct.len, NEXT | if direct.write { WRITE } else { 0 }, 4);
+        driver.split_desc(4, addr, len, INDIRECT | WRITE, 0);
+        driver.expose(3);
+        let chain = queue.pop().unwrap();
+        let parts = (queue.readable(&chain).len(), queue.writable(&chain).len());
+        assert_eq!(parts, if direct.write { (0, 3) } else { (2, 1) });
+        queue.add_used(chain, 8);
+    }
 }
 
 #[test]
@@ -192,8 +205,12 @@ fn split_2_7_7_2_event_index_ignores_the_flag_and_notifies_at_used_event() {
 
 #[test]
 fn split_2_7_8_2_length_and_data_are_there_before_the_index() {
+    length_and_data_are_there(split(16, Features::empty()));
+}
+
+/// A device in another thread, whose buffers the driver takes as they come: length and data are those of the buffer.
+pub(super) fn length_and_data_are_there(mut driver: Driver) {
     const ROUNDS: u32 = 20_000;
-    let mut driver = split(16, Features::empty());
     let mut queue = driver.queue();
     let stop = Arc::new(AtomicBool::new(false));
     let stop_device = Arc::clone(&stop);
@@ -209,11 +226,11 @@ fn split_2_7_8_2_length_and_data_are_there_before_the_index() {
             thread::yield_now();
         }
     });
-    let mut expected = 0;
+    let (mut added, mut expected) = (0u32, 0);
     while expected < ROUNDS {
         while driver.out() < 16 {
-            let i = u64::from(driver.next_avail % 16);
-            driver.add(&[w(DATA + 8 * i, 4)], &[]).unwrap();
+            driver.add(&[w(DATA + 8 * u64::from(added % 16), 4)], &[]).unwrap();
+            added += 1;
         }
         for (_, len) in driver.used() {
             assert_eq!(len, 1 + expected % 4);

@@ -5,7 +5,10 @@ mod support;
 use std::os::fd::BorrowedFd;
 
 use support::*;
-use vhost_user::{F_PROTOCOL_FEATURES, FrontendCode, FrontendEndpoint, ProtocolFeatures, flags};
+use vhost_user::{
+    F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendCode, FrontendEndpoint, LogArea, MemoryRegion, ProtocolFeatures,
+    flags,
+};
 use virtio_testkit::{RingLayout, TestRam, VhostUserDriver, VhostUserOptions};
 use vm_virtio::HostRequests;
 
@@ -17,16 +20,28 @@ enum State {
     Negotiated,
     Running,
     InBand,
+    /// Behind an IOMMU.
+    Translated,
+    /// Logging, to a log that is too short.
+    Logging,
+    /// A ring is started and its memory is gone.
+    Waiting,
+    /// A ring is broken, the device needs a reset.
+    Broken,
     Stopped,
     Reset,
 }
 
-const STATES: [State; 7] = [
+const STATES: [State; 11] = [
     State::Connected,
     State::Owned,
     State::Negotiated,
     State::Running,
     State::InBand,
+    State::Translated,
+    State::Logging,
+    State::Waiting,
+    State::Broken,
     State::Stopped,
     State::Reset,
 ];
@@ -39,11 +54,12 @@ enum FrontEnd {
 
 impl FrontEnd {
     fn new(daemon: &TestDaemon, state: State) -> FrontEnd {
-        let driver = |in_band| {
+        let driver_with = |in_band, iommu| {
             let all = ProtocolFeatures::all() - ProtocolFeatures::INBAND_NOTIFICATIONS;
-            let options = VhostUserOptions { protocol: all, in_band, ..options(RingLayout::Split) };
+            let options = VhostUserOptions { protocol: all, in_band, iommu, ..options(RingLayout::Split) };
             Box::new(VhostUserDriver::connect(daemon.socket(0), options).unwrap())
         };
+        let driver = |in_band| driver_with(in_band, false);
         let bare = || FrontendEndpoint::connect(daemon.socket(0)).unwrap();
         match state {
             State::Connected => FrontEnd::Endpoint(bare()),
@@ -62,6 +78,39 @@ impl FrontEnd {
             }
             State::Running => FrontEnd::Driver(driver(false)),
             State::InBand => FrontEnd::Driver(driver(true)),
+            State::Translated => {
+                let mut driver = driver_with(false, true);
+                driver.answer_misses().unwrap();
+                FrontEnd::Driver(driver)
+            }
+            State::Logging => {
+                let mut driver = driver(false);
+                let log = TestRam::new(&[(0, 1 << 12)]);
+                driver.endpoint().set_log_base(LogArea { size: 1, offset: 0 }, log.fd()).unwrap();
+                let features = driver.features().low64() | F_PROTOCOL_FEATURES | F_LOG_ALL;
+                driver.endpoint().set_features(features).unwrap();
+                FrontEnd::Driver(driver)
+            }
+            State::Waiting => {
+                let mut driver = driver(false);
+                for region in driver.ram().clone().regions() {
+                    let region = MemoryRegion {
+                        guest_addr: region.guest_addr,
+                        size: region.size,
+                        user_addr: region.user_addr,
+                        mmap_offset: region.mmap_offset,
+                    };
+                    driver.endpoint().rem_mem_reg(region).unwrap();
+                }
+                FrontEnd::Driver(driver)
+            }
+            State::Broken => {
+                let mut driver = driver(false);
+                driver.ring(0).split().set_avail_idx(0x4000);
+                driver.kick_anyway(0);
+                eventually("the ring is broken", || driver.ring_failed(0));
+                FrontEnd::Driver(driver)
+            }
             State::Stopped | State::Reset => {
                 let mut driver = driver(false);
                 driver.stop().unwrap();

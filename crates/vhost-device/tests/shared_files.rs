@@ -1,6 +1,9 @@
 //! Front-ends that use what they share with the daemon - files and addresses - against it and its other guests.
 mod support;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::OFlags;
+use rustix::io::ReadWriteFlags;
+use std::io::{IoSliceMut, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 use support::*;
@@ -164,4 +167,28 @@ fn who_reconnects_while_the_old_connection_still_looks_alive_gets_in() {
         waits.join().unwrap().is_ok()
     };
     eventually("one gets in", gets_in);
+}
+
+/// Kicks are read out of a pipe. Whoever made it can take O_NONBLOCK away, and the kick that was to be read.
+#[test]
+fn policy_8_a_kick_pipe_that_somebody_else_empties_does_not_hold_its_lane() {
+    let daemon = TestDaemon::start();
+    let mut driver = daemon.driver(0, RingLayout::Split);
+    let (kicked, mut kick) = std::io::pipe().unwrap();
+    driver.endpoint().set_vring_kick(0, Some(kicked.as_fd())).unwrap();
+    let mut kicks = [0; 4096];
+    // Each time a little later: between the moment in which the lane hears of a kick and that in which it reads it.
+    for n in 0..4000 {
+        kick.write_all(&1u64.to_ne_bytes()).unwrap();
+        rustix::fs::fcntl_setfl(&kicked, OFlags::empty()).unwrap();
+        (0..n % 500 * 4).for_each(|_| std::hint::spin_loop());
+        let pieces = &mut [IoSliceMut::new(&mut kicks)];
+        let _ = rustix::io::preadv2(&kicked, pieces, u64::MAX, ReadWriteFlags::NOWAIT);
+        // The lane does this.
+        driver.endpoint().set_vring_enable(0, true).unwrap();
+    }
+    let chain = [driver.ram().readable(b"alive"), driver.ram().writable(64)];
+    driver.ring(0).add(&chain);
+    kick.write_all(&1u64.to_ne_bytes()).unwrap();
+    assert_eq!(answer(&mut driver, 0), 5);
 }

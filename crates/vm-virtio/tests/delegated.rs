@@ -27,6 +27,19 @@ struct Elsewhere {
     waiting: Vec<Waiting>,
     activated: usize,
     flushed: usize,
+    /// Whoever is told of something panics (true) or says that it failed.
+    fails: Option<bool>,
+}
+
+impl Elsewhere {
+    fn may_fail(elsewhere: &Mutex<Elsewhere>) -> Result<(), DeviceError> {
+        let fails = elsewhere.lock().unwrap().fails;
+        match fails {
+            None => Ok(()),
+            Some(false) => Err(DeviceError::new("told to fail")),
+            Some(true) => panic!("told to panic"),
+        }
+    }
 }
 
 struct Distant(Arc<Mutex<Elsewhere>>, Arc<Mutex<Option<Mail<Order>>>>);
@@ -48,7 +61,7 @@ impl VirtioDevice for Distant {
         Features::from_bits_retain(1 << 3)
     }
     fn ring_features(&self) -> Features {
-        Features::VERSION_1 | Features::RING_PACKED
+        Features::VERSION_1 | Features::RING_PACKED | Features::SUSPEND
     }
     fn queues(&self, _: Features) -> Vec<QueueSpec> {
         vec![QueueSpec { name: "far", max_size: 64, lane: 0 }]
@@ -76,6 +89,7 @@ impl Worker for Agent {
         panic!("nothing is served here");
     }
     fn queue_delegated(&mut self, _: u16, parts: QueueParts, _: &mut Lane<'_>) -> Result<(), DeviceError> {
+        Elsewhere::may_fail(&self.0)?;
         self.0.lock().unwrap().parts = Some(parts);
         Ok(())
     }
@@ -85,6 +99,7 @@ impl Worker for Agent {
         waiting: Waiting,
         _: &mut Lane<'_>,
     ) -> Result<(), DeviceError> {
+        Elsewhere::may_fail(&self.0)?;
         let mut elsewhere = self.0.lock().unwrap();
         elsewhere.changes.push(change);
         elsewhere.waiting.push(waiting);
@@ -138,12 +153,18 @@ struct Rig {
 impl Rig {
     /// FEATURES_OK, memory there, nothing started.
     fn new(layout: RingLayout) -> Rig {
+        Rig::carrying(layout, Features::empty())
+    }
+
+    /// The same with a host that carries these features.
+    fn carrying(layout: RingLayout, carried: Features) -> Rig {
         let (elsewhere, mail) = (Arc::<Mutex<Elsewhere>>::default(), Arc::default());
         let ear = Arc::new(Ear::default());
         let device = Distant(elsewhere.clone(), Arc::clone(&mail));
-        let (engine, mut lanes) = Engine::new(device, EngineOptions::new(ear.clone())).unwrap();
+        let (engine, mut lanes) =
+            Engine::new(device, EngineOptions { carried, ..EngineOptions::new(ear.clone()) }).unwrap();
         let ram = TestRam::new(&[(0, 0x10_0000)]);
-        let features = engine.offered() & (layout.features() | Features::VERSION_1);
+        let features = engine.offered() & (layout.features() | Features::VERSION_1 | carried);
         let ring = RingDriver::new(&ram, layout, 16, features);
         let lane = lanes.pop().unwrap();
         let mut rig = Rig { engine, lane, ram, ring, bell: Arc::default(), ear, elsewhere, mail, features };
@@ -402,6 +423,43 @@ fn delegated_a_suspended_device_has_its_rings_back_saves_them_and_hands_them_ove
     let queues = other.done(ticket).expect("a state that is taken");
     assert_eq!((queues.len(), queues[0].enabled, queues[0].state.clone()), (1, true, state(9)));
     assert_eq!(other.elsewhere().activated, 1);
+}
+
+/// 3.4.2: it resumes, or needs a reset.
+#[test]
+fn common_3_4_2_a_device_that_fails_to_resume_needs_a_reset() {
+    let live = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
+    for panics in [false, true] {
+        let mut rig = Rig::carrying(RingLayout::Split, Features::SUSPEND);
+        rig.start(Kick::Manual, None).unwrap();
+        let ticket = rig.engine.set_status(live);
+        rig.done(ticket);
+        let mut suspended = rig.engine.set_status(live | Status::SUSPEND);
+        rig.waits(&mut suspended);
+        rig.order(Order::GiveBack(state(0)));
+        rig.done(suspended);
+        assert_eq!(rig.engine.status(), (live - Status::DRIVER_OK) | Status::SUSPEND);
+        rig.elsewhere().fails = Some(panics);
+        let resumed = rig.engine.set_status(live | Status::SUSPEND);
+        rig.done(resumed);
+        assert_eq!(rig.engine.status(), live | Status::DEVICE_NEEDS_RESET);
+        let told = |event: &HostEvent| matches!(event, HostEvent::NeedsReset { live: true, .. });
+        assert!(rig.ear.0.lock().unwrap().iter().any(told));
+    }
+}
+
+#[test]
+fn policy_5_whoever_fails_to_follow_a_change_keeps_nobody_waiting() {
+    for panics in [false, true] {
+        let mut rig = Rig::plain(RingLayout::Split);
+        rig.elsewhere().fails = Some(panics);
+        let off = rig.engine.enable(0, false);
+        rig.done(off);
+        assert!(rig.engine.status().contains(Status::DEVICE_NEEDS_RESET));
+        assert_eq!(rig.engine.failures().worker_failures.load(Ordering::Relaxed), 1);
+        let memory = rig.engine.memory(rig.ram.ram(), WaitFor::NewRequests);
+        rig.done(memory);
+    }
 }
 
 #[test]

@@ -289,6 +289,23 @@ fn a_back_end_that_does_not_start_is_named() {
     assert_eq!(output.status.code(), Some(2));
 }
 
+/// What a console writes to a file has to be there in the end: one `write` each, or one for all that are available.
+#[test]
+fn floors_of_a_console_write_everything() {
+    // Any program will do: what it cannot is in its own rows.
+    let output =
+        bench(&["--device", "console", "--load", "shm", "--size", "64", "--spawn", "none=true {backend} {}"]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    let rows = |name: &str| {
+        table.lines().filter(|line| line.split_whitespace().next() == Some(name)).collect::<Vec<_>>()
+    };
+    for name in ["floor-ring", "floor-write", "floor-write-batch", "none"] {
+        let rows = rows(name);
+        assert_eq!(rows.len(), 2, "{name}: one for each layout\n{table}");
+        assert!(rows.iter().all(|row| row.contains("FAILED") == (name == "none")), "{table}");
+    }
+}
+
 #[test]
 fn images_are_made_for_commands_that_name_one_and_only_they_are_written_to() {
     let folder = Folder::new("images");

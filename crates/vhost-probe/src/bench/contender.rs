@@ -160,7 +160,8 @@ impl Contender {
                 let (ours, theirs) = UnixStream::pair().map_err(failed)?;
                 let mut command = Command::new(std::env::current_exe().map_err(failed)?);
                 command.args(["floor", name, "--poll-us", &arguments.floor_poll_us.to_string()]);
-                if let Some(Floor::File(path) | Floor::Write(path)) = &setting.floor {
+                if let Some(Floor::File(path) | Floor::Write(path) | Floor::WriteBatch(path)) = &setting.floor
+                {
                     command.arg("--file").arg(path);
                 }
                 let child = command

@@ -42,7 +42,7 @@ impl Device for Console {
     }
 
     fn floors(&self, _arguments: &Arguments) -> Vec<&'static str> {
-        vec![Floor::Ring.name(), WRITE]
+        vec![Floor::Ring.name(), WRITE, WRITE_BATCH]
     }
 
     fn setting(
@@ -102,5 +102,6 @@ impl Device for Console {
     }
 }
 
-/// The name of the floor that writes.
+/// The names of the floors that write.
 const WRITE: &str = "floor-write";
+const WRITE_BATCH: &str = "floor-write-batch";

@@ -44,6 +44,8 @@ pub enum Floor {
     Status,
     /// A console: one writev(2) to this file.
     Write(PathBuf),
+    /// A console: one writev(2) to this file for all requests that are available.
+    WriteBatch(PathBuf),
 }
 
 impl Floor {
@@ -55,13 +57,16 @@ impl Floor {
             Floor::File(_) => "floor-preadv",
             Floor::Status => "floor-status",
             Floor::Write(_) => "floor-write",
+            Floor::WriteBatch(_) => "floor-write-batch",
         }
     }
 
     /// The floor of that name, and of that file where it has one.
     pub fn by_name(name: &str, file: Option<PathBuf>) -> Option<Floor> {
         let mut all = vec![Floor::Ring, Floor::Random, Floor::Status];
-        all.extend(file.into_iter().flat_map(|file| [Floor::File(file.clone()), Floor::Write(file)]));
+        if let Some(file) = file {
+            all.extend([Floor::File, Floor::Write, Floor::WriteBatch].map(|floor| floor(file.clone())));
+        }
         all.into_iter().find(|floor| floor.name() == name)
     }
 }
@@ -217,7 +222,8 @@ impl Session {
                 Floor::Ring => thread.walk(Nothing::default()),
                 Floor::Random => thread.walk(Random),
                 Floor::Status => thread.walk(StatusOnly::default()),
-                Floor::Write(path) => Output::open(&path).and_then(|work| thread.walk(work)),
+                Floor::Write(path) => Output::open(&path, false).and_then(|work| thread.walk(work)),
+                Floor::WriteBatch(path) => Output::open(&path, true).and_then(|work| thread.walk(work)),
                 Floor::File(path) => OneCall::open(&path).and_then(|work| thread.walk(work)),
             };
             if let Err(error) = ended {

@@ -124,6 +124,7 @@ impl<'m, W: Work> Ring<'m, W> {
             field::<AtomicU32>(&self.device, at + 4).store(written.to_le(), Ordering::Relaxed);
             self.used = self.used.wrapping_add(1);
         }
+        self.work.batch()?;
         field::<AtomicU16>(&self.device, 2).store(self.used.to_le(), Ordering::Release);
         Ok(self.used != first)
     }
@@ -222,6 +223,7 @@ impl<'m, W: Work> Ring<'m, W> {
             }
             any += count;
         }
+        self.work.batch()?;
         if let Some((at, word)) = first {
             let at = usize::from(at) * 16 + 8;
             field::<AtomicU64>(&self.desc, at).store(word.to_le(), Ordering::Release);

@@ -21,6 +21,11 @@ pub(super) trait Work {
     fn end(&mut self) -> io::Result<u32> {
         Ok(0)
     }
+
+    /// No more chains are available: those since the last time are going to be used.
+    fn batch(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A number at the start of each buffer.
@@ -167,17 +172,34 @@ impl Work for OneCall {
     }
 }
 
-/// A console's output by one system call a request.
+/// A console's output by one system call a request, or one for all that are available.
 pub(super) struct Output {
     file: File,
     data: Vec<libc::iovec>,
     bytes: usize,
+    together: bool,
 }
 
+/// Most buffers of one writev(2) (`IOV_MAX` of Linux).
+const MOST: usize = 1024;
+
 impl Output {
-    pub(super) fn open(path: &Path) -> io::Result<Output> {
+    pub(super) fn open(path: &Path, together: bool) -> io::Result<Output> {
         let file = OpenOptions::new().append(true).open(path)?;
-        Ok(Output { file, data: Vec::with_capacity(64), bytes: 0 })
+        Ok(Output { file, data: Vec::with_capacity(MOST), bytes: 0, together })
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        let (list, count) = (self.data.as_ptr(), self.data.len() as libc::c_int);
+        // SAFETY: each entry is a buffer in guest memory, which stays mapped as long as the process lives, and which the
+        // kernel only reads.
+        let moved = unsafe { libc::writev(self.file.as_raw_fd(), list, count) };
+        let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
+        self.data.clear();
+        match std::mem::take(&mut self.bytes) {
+            whole if whole == moved => Ok(()),
+            whole => Err(io::Error::other(format!("{moved} of {whole} bytes"))),
+        }
     }
 }
 
@@ -190,19 +212,14 @@ impl Work for Output {
             self.data.push(libc::iovec { iov_base: base, iov_len: buffer.len() });
             self.bytes += buffer.len();
         }
-        Ok(0)
+        if self.data.len() < MOST { Ok(0) } else { self.write().map(|()| 0) }
     }
 
     fn end(&mut self) -> io::Result<u32> {
-        let (list, count) = (self.data.as_ptr(), self.data.len() as libc::c_int);
-        // SAFETY: each entry is a buffer in guest memory, which stays mapped as long as the process lives, and which the
-        // kernel only reads.
-        let moved = unsafe { libc::writev(self.file.as_raw_fd(), list, count) };
-        let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
-        self.data.clear();
-        match std::mem::take(&mut self.bytes) {
-            whole if whole == moved => Ok(0),
-            whole => Err(io::Error::other(format!("{moved} of {whole} bytes"))),
-        }
+        if self.together { Ok(0) } else { self.write().map(|()| 0) }
+    }
+
+    fn batch(&mut self) -> io::Result<()> {
+        if self.data.is_empty() { Ok(()) } else { self.write() }
     }
 }

@@ -1,5 +1,6 @@
 //! The driver's side of both rings in guest memory, plain and without any cleverness.
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
@@ -35,14 +36,21 @@ pub(super) const BORDER: u64 = 0x20_0000;
 pub(super) const END: u64 = 0x40_0000;
 /// Indirect tables, each 4 KiB.
 pub(super) const TABLES: u64 = 0x30_0000;
-/// A region beyond a hole.
-pub(super) const FAR: u64 = 0x1_0000_0000;
+/// A region beyond a hole. Not so far that regions share buckets in the memory's table: then no element would be found
+/// there, and none of the tests would see the quick walk that nearly all chains of nearly all guests take.
+pub(super) const FAR: u64 = 0x80_0000;
 pub(super) const FAR_LEN: usize = 0x1_0000;
 
 /// The memory of the tests.
 pub(super) fn memory() -> GuestMemoryMmap {
     let ranges = [(0, BORDER as usize), (BORDER, (END - BORDER) as usize), (FAR, FAR_LEN)];
     GuestMemoryMmap::from_ranges(&ranges.map(|(addr, len)| (GuestAddress(addr), len))).unwrap()
+}
+
+/// The same with another region so far away that the table knows nothing of most of them, so that chains are walked the
+/// careful way from their first element on.
+pub(super) fn crowded_memory() -> GuestMemoryMmap {
+    memory().insert_region(Arc::new(region(1 << 40, 0x1000))).unwrap()
 }
 
 /// One region of that many bytes at an address.

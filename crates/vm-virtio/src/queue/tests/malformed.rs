@@ -34,10 +34,17 @@ fn faults(driver: &Driver, queue: &mut Queue, error: QueueError) {
     assert_eq!(queue.fault(), Some(&error));
 }
 
-/// A queue with one good chain out, and what the driver does next.
+/// A queue with one good chain out, and what the driver does next: on the quick and on the careful way.
 #[track_caller]
-fn case(packed: bool, features: Features, error: QueueError, bad: impl FnOnce(&mut Driver)) {
-    let mut driver = driver(packed, 8, features);
+fn case(packed: bool, features: Features, error: QueueError, bad: impl Fn(&mut Driver)) {
+    case_in(driver(packed, 8, features), error, &bad);
+    let mut crowded = driver(packed, 8, features);
+    crowded.ram = GuestRam::new(&driver::crowded_memory());
+    case_in(crowded, error, bad);
+}
+
+#[track_caller]
+fn case_in(mut driver: Driver, error: QueueError, bad: impl Fn(&mut Driver)) {
     let mut queue = driver.queue();
     let id = driver.add(&[w(DATA, 8)], &[]).unwrap();
     let chain = queue.pop().unwrap();
@@ -126,10 +133,12 @@ fn malformed_packed_list_without_an_end() {
 #[test]
 fn malformed_packed_list_goes_on_with_what_is_not_available() {
     for flags in [0, 0x8080, 0x8000] {
-        case(true, NONE, QueueError::NotAvailable(2), |driver| {
-            driver.packed_desc(2, DATA, 8, 0, flags);
-            driver.packed_desc(1, DATA, 8, 0, NEXT | 0x80);
-        });
+        for kind in [0, WRITE] {
+            case(true, NONE, QueueError::NotAvailable(2), |driver| {
+                driver.packed_desc(2, DATA, 8, 0, flags | kind);
+                driver.packed_desc(1, DATA, 8, 0, NEXT | kind | 0x80);
+            });
+        }
     }
 }
 

@@ -236,7 +236,7 @@ impl DaemonProcess {
             if let Some(status) = self.0.try_wait().expect("our child") {
                 return status;
             }
-            assert!(Instant::now() < deadline, "the daemon does not end");
+            assert!(Instant::now() < deadline, "the daemon does not end\n{}", threads(self.0.id()));
             std::thread::sleep(TICK);
         }
     }
@@ -323,6 +323,19 @@ impl Drop for DaemonProcess {
     }
 }
 
+/// What each thread of a process is at, a line each: to tell why it hangs.
+fn threads(process: u32) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let lines = tasks.map(|task| {
+        let file = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let [name, stat, place, call] = ["comm", "stat", "wchan", "syscall"].map(file);
+        // The state comes behind the name, which is in brackets.
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).unwrap_or('?');
+        format!("{}: state {state}, in {place}, system call {}\n", name.trim(), call.trim())
+    });
+    lines.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -338,5 +351,12 @@ mod tests {
         let new = TempDir::new();
         assert!(!left.iter().any(|path| new.path() == Path::new(path)));
         left.iter().for_each(|path| std::fs::remove_dir(path).unwrap());
+    }
+
+    #[test]
+    fn each_thread_of_a_process_that_hangs_is_told_of() {
+        let told = threads(std::process::id());
+        assert!(told.lines().count() > 1, "{told}");
+        assert!(told.contains(": state R, in "), "{told}");
     }
 }

@@ -243,8 +243,10 @@ fn terminal() -> (OwnedFd, OwnedFd) {
 
 fn on_terminal(socket: &Path, theirs: &OwnedFd) -> DaemonProcess {
     let fd = || Stdio::from(File::from(theirs.try_clone().unwrap()));
-    let mut command = Command::new(DAEMON);
-    command.args(["--log-level", "warn", "--socket-path"]).arg(socket).stdin(fd()).stdout(fd());
+    // Whoever runs the tests may ignore some of the signals, as nohup(1) does, and then so would the daemon.
+    let mut command = Command::new("env");
+    command.args(["--default-signal", DAEMON, "--log-level", "warn", "--socket-path"]).arg(socket);
+    command.stdin(fd()).stdout(fd());
     DaemonProcess::spawn(&mut command)
 }
 
@@ -274,6 +276,7 @@ fn a_terminal_is_as_it_was_after_every_end() {
         let mut daemon = on_terminal(&socket, &theirs);
         wait_until("it becomes raw", || is_raw(&tcgetattr(&theirs).unwrap()));
         wait_until("it listens", || UnixStream::connect(&socket).is_ok());
+        println!("{signal:?}");
         daemon.signal(signal);
         let status = daemon.ended();
         let ends_well = matches!(signal, Signal::TERM | Signal::INT);
